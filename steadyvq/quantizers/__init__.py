@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantizers: layers that replace latents by codes. One file per published method lives in `methods/`."""
+
+from steadyvq.quantizers.base import Assignment, Quantized, Quantizer
+from steadyvq.quantizers.codebooks import Codebook, FreeCodebook, FrozenCodebook, LinearCodebook
+from steadyvq.quantizers.compose import compose
+from steadyvq.quantizers.registry import Method, build_quantizer, list_quantizers, methods, register
+from steadyvq.quantizers.vector import VectorQuantizer
+
+__all__ = [
+    "Assignment",
+    "Codebook",
+    "FreeCodebook",
+    "FrozenCodebook",
+    "LinearCodebook",
+    "Method",
+    "Quantized",
+    "Quantizer",
+    "VectorQuantizer",
+    "build_quantizer",
+    "compose",
+    "list_quantizers",
+    "methods",
+    "register",
+]

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every quantizer is: the record of one assignment, what a forward returns, and the contract of a layer.
+
+    out = quantizer(latents, mask=None)      # pure: no statistic changes, no parameter is touched
+    z_q, indices, loss = out                 # `out.losses` holds the unweighted losses by name
+    optimizer.step()
+    quantizer.update(out, optimizer=optimizer)   # the bookkeeping: EMA, dead-code replacement, temperature
+
+`forward` does nothing but compute; `update` does all the bookkeeping. So activation checkpointing (which runs a forward
+twice) and gradient accumulation (several forwards, one `update([...])`) stay right.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over all processes of a run; the identity in one process. Quantizers know no engine."""
+
+UPDATE_REMINDER_AFTER = 10
+
+
+def no_reduce(tensor: Tensor) -> Tensor:
+    """The reduction of a run with one process: the tensor itself."""
+    return tensor
+
+
+class WeightAverage(Protocol):
+    """A moving average of weights that `Quantizer.update` keeps in step when it rewrites rows of a codebook."""
+
+    def copy_rows(self, tensor: Tensor, rows: Tensor) -> None:
+        """Sets the average of `tensor[rows]` to the present values."""
+
+
+@dataclass
+class Assignment:
+    """One assignment of N latents to K codes: what estimators, losses and maintenance read.
+
+    Attributes:
+        z: Latents (N, d) in float32 (or float64); carries the gradient to the encoder. Masked rows are zero.
+        table: The effective codebook (K, d) of this forward; carries the gradient to the codebook.
+        indices: The selected code of each latent (N,), int64; -1 where masked.
+        distance: Squared distance to the selected code (N,), no gradient.
+        selected: The selected codes (N, d); carries the gradient to the codebook.
+        num_valid: Number of latents that are not masked, the denominator of every mean (0-d; summed over processes).
+        temperature: tau of soft assignments, in units of the squared distance (0-d).
+        row_weight: 1 for a valid latent, 0 for a masked one (N,); None if nothing is masked.
+        stats: Detached numbers about this assignment, by name, filled by the losses that know them.
+    """
+
+    z: Tensor
+    table: Tensor
+    indices: Tensor
+    distance: Tensor
+    selected: Tensor
+    num_valid: Tensor
+    temperature: Tensor
+    row_weight: Tensor | None = None
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+    def mean(self, per_latent: Tensor) -> Tensor:
+        """The mean of a value per latent (N,) over the valid latents (of all processes)."""
+        total = per_latent if self.row_weight is None else per_latent * self.row_weight
+        return total.sum() / self.num_valid
+
+    def detach(self) -> Assignment:
+        """The same record without gradients, sharing memory."""
+        names = ("z", "table", "distance", "selected", "num_valid", "temperature")
+        changed: dict[str, Tensor] = {name: getattr(self, name).detach() for name in names}
+        return replace(self, **changed)  # type: ignore[arg-type]
+
+
+@dataclass
+class Quantized:
+    """What a quantizer's forward returns; unpacks as `z_q, indices, loss`.
+
+    Attributes:
+        z_q: Quantized latents, shape and dtype of the latents. Its value is exactly the selected code.
+        indices: Selected codes, int64, shape of the latents without the feature axis; -1 where masked.
+        loss: Weighted sum of the losses (0-d).
+        losses: The unweighted losses by name (0-d each); a loss of weight 0 is not evaluated and is not here.
+        assignment: The detached record that `update` reads.
+    """
+
+    z_q: Tensor
+    indices: Tensor
+    loss: Tensor
+    losses: dict[str, Tensor]
+    assignment: Assignment
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.z_q, self.indices, self.loss))
+
+    @property
+    def stats(self) -> dict[str, Tensor]:
+        """Detached numbers about the assignment, by name (for example `winner_mass`)."""
+        return self.assignment.stats
+
+
+def _register_pytree(cls: type) -> None:
+    """Lets compilers and data-parallel wrappers see the tensors inside a dataclass."""
+    names = [f.name for f in fields(cls)]
+    _pytree.register_pytree_node(
+        cls,
+        lambda record: ([getattr(record, name) for name in names], None),
+        lambda values, _: cls(*values),
+        serialized_type_name=f"steadyvq.{cls.__name__}",
+    )
+
+
+_register_pytree(Assignment)
+_register_pytree(Quantized)
+
+
+class Quantizer(nn.Module, ABC):
+    """A layer that replaces latents by codes.
+
+    Args:
+        num_codes: K, the number of codes.
+        dim: d, the size of the latents along `channel_axis`.
+        channel_axis: The axis of the latents that holds the features: -1 for (..., d), 1 for (B, d, H, W),
+            (B, d, T) and (B, d, T, H, W).
+
+    Attributes:
+        spec: The arguments of `build_quantizer` that made this layer (JSON-able), or None.
+        reduce: Sums a tensor over the processes of a run; set by the engine.
+        needs_update: Whether `update` must be called after every optimiser step.
+    """
+
+    spec: dict[str, Any] | None = None
+    needs_update: bool = False
+
+    def __init__(self, num_codes: int, dim: int, *, channel_axis: int = -1) -> None:
+        super().__init__()
+        for name, value in (("num_codes", num_codes), ("dim", dim)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}, but a quantizer needs a positive integer")
+        self.num_codes = num_codes
+        self.dim = dim
+        self.channel_axis = channel_axis
+        self.reduce: Reduce = no_reduce
+        self._forwards_since_update = 0
+
+    @abstractmethod
+    def forward(self, latents: Tensor, mask: Tensor | None = None) -> Quantized:
+        """Quantizes latents.
+
+        Args:
+            latents: Floating-point tensor of any rank >= 1 with size d along `channel_axis`.
+            mask: Bool, shape of the latents without the feature axis; False marks positions that are not there. They
+                change no loss, gradient, statistic or index; their latents are returned unchanged with index -1.
+
+        Raises:
+            ValueError: The latents or the mask have the wrong shape or dtype.
+        """
+
+    @abstractmethod
+    def encode(self, latents: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The indices that `forward` would give, without losses or gradients."""
+
+    @abstractmethod
+    def decode(self, indices: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        """The codes of `indices` (any shape), with the feature axis at `channel_axis`; -1 gives zeros.
+
+        `decode(out.indices, dtype=latents.dtype)` is `torch.equal` to `out.z_q`, in training and in evaluation.
+        """
+
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """The effective table (K, d), the one that look-up and decode both use, without gradient."""
+
+    @abstractmethod
+    def init_from(self, latents: Tensor, *, method: str = "kmeans", seed: int | None = None) -> None:
+        """Places the codes on data: `data` (a random subset of the latents) or `kmeans` (k-means++ and Lloyd)."""
+
+    @abstractmethod
+    def bake(self) -> Quantizer:
+        """A plain, frozen quantizer with the same tokens and the same vectors, free of this method's code."""
+
+    def update(
+        self,
+        out: Quantized | Sequence[Quantized],
+        optimizer: torch.optim.Optimizer | None = None,
+        ema: WeightAverage | None = None,
+    ) -> dict[str, float]:
+        """Does the bookkeeping of one optimiser step; call it after `optimizer.step()`.
+
+        Args:
+            out: What `forward` returned in this step, or the list of all micro-batches of this step.
+            optimizer: The optimiser of the codebook; the moments of replaced rows are reset in it.
+            ema: A moving average of the weights; the rows of replaced codes are set in it too.
+
+        Returns:
+            What happened, by name (for example `replaced`: number of codes).
+        """
+        self._forwards_since_update = 0
+        if not self.training:
+            return {}
+        batch = [out] if isinstance(out, Quantized) else list(out)
+        with torch.no_grad():
+            return self._update([item.assignment for item in batch], optimizer, ema)
+
+    def _update(
+        self, batch: list[Assignment], optimizer: torch.optim.Optimizer | None, ema: WeightAverage | None
+    ) -> dict[str, float]:
+        return {}
+
+    def configure(
+        self,
+        *,
+        weights: Mapping[str, float] | None = None,
+        paused: Sequence[str] = (),
+        estimator: str | None = None,
+    ) -> None:
+        """Applies the settings of a training stage; what is not named goes back to how the layer was built.
+
+        Args:
+            weights: Loss weights by name that differ in this stage.
+            paused: Names of maintenance that rests in this stage (names that the layer lacks are ignored).
+            estimator: Name of the gradient estimator of this stage.
+        """
+        if any(value != 0 for value in (weights or {}).values()):
+            raise ValueError(f"{type(self).__name__} has no losses to weight: leave out `weights` in this stage")
+
+    def _remind(self) -> None:
+        """Warns once when a layer that needs `update` has been trained without it."""
+        if not (self.training and self.needs_update and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return
+        self._forwards_since_update += 1
+        if self._forwards_since_update == UPDATE_REMINDER_AFTER:
+            warnings.warn(
+                f"{UPDATE_REMINDER_AFTER} training forwards without `update`: call `quantizer.update(out, optimizer)` "
+                "after every optimizer.step(), or its moving averages and dead codes are never attended to",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        """Moves the state, but never below float32: half-precision codes lose their neighbours and their updates."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if tensor.is_floating_point() and moved.is_floating_point() and moved.element_size() < 4:
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        """The size and layout, for `print(model)`."""
+        return f"num_codes={self.num_codes}, dim={self.dim}, channel_axis={self.channel_axis}"
+
+
+def to_rows(latents: Tensor, dim: int, channel_axis: int, dtype: torch.dtype) -> Tensor:
+    """Latents of any layout as rows (N, d) in `dtype`.
+
+    Raises:
+        ValueError: Not floating point, or the wrong size along the feature axis.
+    """
+    if not latents.is_floating_point():
+        raise ValueError(f"latents have dtype {latents.dtype}, but a quantizer needs floating-point latents")
+    if not -latents.dim() <= channel_axis < latents.dim():
+        raise ValueError(
+            f"latents have shape {tuple(latents.shape)}, but this quantizer has channel_axis={channel_axis}: "
+            "build it with the axis that holds the features"
+        )
+    if latents.shape[channel_axis] != dim:
+        which = "last dimension" if channel_axis == -1 else f"size {latents.shape[channel_axis]} at axis {channel_axis}"
+        given = f"{which} {latents.shape[-1]}" if channel_axis == -1 else which
+        raise ValueError(
+            f"latents (shape {tuple(latents.shape)}) have {given}, but this quantizer has dim={dim}: project before "
+            "quantizing (Tokenizer does this with pre_quant) or set channel_axis to the axis of the features"
+        )
+    return latents.movedim(channel_axis, -1).reshape(-1, dim).to(dtype)
+
+
+def from_rows(rows: Tensor, shape: Sequence[int], channel_axis: int) -> Tensor:
+    """Rows (N, d) back to the layout whose shape without the feature axis is `shape`."""
+    out = rows.reshape(*shape, rows.shape[-1])
+    return out.movedim(-1, channel_axis)
+
+
+def check_mask(mask: Tensor, latents: Tensor, channel_axis: int) -> None:
+    """Raises ValueError unless the mask is bool with the latents' shape less the feature axis."""
+    axis = channel_axis % latents.dim()
+    shape = (*latents.shape[:axis], *latents.shape[axis + 1 :])
+    if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+        raise ValueError(
+            f"mask has dtype {mask.dtype} and shape {tuple(mask.shape)}, but these latents need "
+            f"torch.bool of shape {shape}"
+        )

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a plain description to a `VectorQuantizer`, so that a cross of two methods is configuration and no code.
+
+    compose(1024, 64, {"codebook": "linear", "losses": {"commitment": 0.25, "codebook": 1.0, "ns": 0.1}})
+
+is SimVQ with the non-stationary loss. A preset is such a description; overrides are merged into it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from steadyvq.quantizers.codebooks import CODEBOOKS, INITS, Codebook
+from steadyvq.quantizers.losses import LOSSES, Loss
+from steadyvq.quantizers.maintenance import MAINTENANCE, CalibrateTemperature, Maintenance
+from steadyvq.quantizers.names import look_up
+from steadyvq.quantizers.vector import VectorQuantizer
+
+Description = Mapping[str, Any]
+
+DEFAULTS: dict[str, Any] = {
+    "codebook": "free",
+    "init": "uniform",
+    "losses": {},
+    "maintenance": {},
+    "assign": "l2",
+    "estimator": "straight_through",
+    "temperature": 0.35,
+    "channel_axis": -1,
+    "seed": 0,
+}
+
+
+def compose(num_codes: int, dim: int, preset: Description, overrides: Description | None = None) -> VectorQuantizer:
+    """Builds the vector quantizer that a preset and its overrides describe.
+
+    Args:
+        num_codes: K.
+        dim: d.
+        preset: The method's parts, by the keys of `DEFAULTS`.
+        overrides: Replaces keys of the preset. In `losses` and `maintenance` each entry is merged by itself: a number
+            is a weight (losses), a mapping sets fields, None leaves the part out. `temperature` is a number or
+            `{"effective_losers": n}`, which calibrates it. A built part (Codebook, Loss, Maintenance) stands for
+            itself.
+
+    Raises:
+        ValueError: Unknown names, wrong values, or parts that cannot work together.
+    """
+    given = {**DEFAULTS, **preset}
+    for key, value in (overrides or {}).items():
+        look_up("option", key, DEFAULTS)
+        given[key] = _merge(given[key], value) if key in ("losses", "maintenance") else value
+    _check_size(num_codes, dim)
+    generator = torch.Generator().manual_seed(given["seed"])
+    codes = given["codebook"]
+    if not isinstance(codes, Codebook):
+        rows = look_up("init", given["init"], INITS)(num_codes, dim, generator)
+        codes = look_up("codebook", codes, CODEBOOKS)(rows, generator)
+    losses = {name: _loss(name, value) for name, value in given["losses"].items() if value is not None}
+    maintenance = {
+        name: _maintenance(name, value, num_codes, dim)
+        for name, value in given["maintenance"].items()
+        if value is not None and value is not False
+    }
+    temperature = given["temperature"]
+    if isinstance(temperature, Mapping):
+        options = dict(temperature)
+        temperature = options.pop("start", DEFAULTS["temperature"])
+        maintenance["temperature"] = _call("temperature", CalibrateTemperature, options)
+    return VectorQuantizer(
+        codes,
+        losses=losses,
+        maintenance=maintenance,
+        assign=given["assign"],
+        estimator=given["estimator"],
+        temperature=temperature,
+        channel_axis=given["channel_axis"],
+        seed=given["seed"],
+    )
+
+
+def _check_size(num_codes: int, dim: int) -> None:
+    for name, value in (("num_codes", num_codes), ("dim", dim)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}, but a quantizer needs a positive integer")
+
+
+def _merge(preset: Mapping[str, Any], override: Any) -> dict[str, Any]:
+    if not isinstance(override, Mapping):
+        raise ValueError(
+            f"got {override!r} where a mapping from part names to settings is needed, such as {{'ns': 0.1}}"
+        )
+    merged = dict(preset)
+    for name, value in override.items():
+        old = merged.get(name)
+        if isinstance(value, Mapping):
+            base = old if isinstance(old, Mapping) else {} if old is None or isinstance(old, bool) else {"weight": old}
+            value = {**base, **value}
+        elif isinstance(old, Mapping) and isinstance(value, int | float) and not isinstance(value, bool):
+            value = {**old, "weight": value}
+        merged[name] = value
+    return merged
+
+
+def _loss(name: str, value: Any) -> Loss:
+    if callable(value) and hasattr(value, "weight"):
+        return value  # type: ignore[no-any-return]
+    options = dict(value) if isinstance(value, Mapping) else {"weight": value}
+    loss: Loss = _call(f"loss {name!r}", look_up("loss", name, LOSSES), options)
+    return loss
+
+
+def _maintenance(name: str, value: Any, num_codes: int, dim: int) -> Maintenance:
+    if isinstance(value, Maintenance):
+        return value
+    make = look_up("maintenance", name, MAINTENANCE)
+    part: Maintenance = _call(
+        f"maintenance {name!r}", partial(make, num_codes, dim), {} if value is True else dict(value)
+    )
+    return part
+
+
+def _call(what: str, make: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """Calls a constructor with options from a file, checking names and kinds of values first."""
+    known = inspect.signature(make).parameters
+    for key, value in options.items():
+        default = look_up(f"setting of {what}", key, known).default
+        if isinstance(default, bool) != isinstance(value, bool) or (
+            isinstance(default, int | float) and not isinstance(value, int | float)
+        ):
+            raise ValueError(f"{key} of {what} is {value!r}, but it needs a value like {default!r}")
+    return make(**options)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registry: `@register` on `(num_codes, dim, **overrides) -> Quantizer` makes a method buildable by name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from steadyvq.quantizers.base import Quantizer
+from steadyvq.quantizers.names import look_up
+
+Builder = Callable[..., Quantizer]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method.
+
+    Attributes:
+        name: What `build_quantizer` takes.
+        build: `(num_codes, dim, **overrides) -> Quantizer`.
+        paper: Where its equations come from.
+        summary: One line for tables.
+    """
+
+    name: str
+    build: Builder
+    paper: str
+    summary: str
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(name: str, *, paper: str, summary: str) -> Callable[[Builder], Builder]:
+    """Registers a builder under a name."""
+
+    def add(build: Builder) -> Builder:
+        if name in _METHODS:
+            raise ValueError(f"a method named {name!r} is registered already")
+        _METHODS[name] = Method(name, build, paper, summary)
+        return build
+
+    return add
+
+
+@cache
+def _load_methods() -> None:
+    """Imports every file of `methods/`, so that adding a method is adding a file."""
+    package = importlib.import_module("steadyvq.quantizers.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def methods() -> dict[str, Method]:
+    """All registered methods by name, sorted."""
+    _load_methods()
+    return dict(sorted(_METHODS.items()))
+
+
+def list_quantizers() -> list[str]:
+    """Names that `build_quantizer` takes."""
+    return list(methods())
+
+
+def build_quantizer(name: str, *, num_codes: int, dim: int, **overrides: Any) -> Quantizer:
+    """Builds a quantizer.
+
+    Args:
+        name: A registered method (`list_quantizers()`), or `path/to/file.py:function` for your own: a function
+            `(num_codes, dim, **overrides) -> Quantizer`.
+        num_codes: K, the number of codes.
+        dim: d, the size of the latents along the feature axis.
+        **overrides: `channel_axis` (default -1, the last; 1 for images, audio, video), `seed`, and the parts of the
+            method: `losses={"commitment": 0.25, "codebook": 1.0}`, `temperature`, `maintenance`, `init`, ... (see
+            docs/methods.md).
+
+    Raises:
+        ValueError: Unknown names or values that cannot work, with the nearest known name.
+    """
+    build = _from_file(name) if ".py:" in name else look_up("quantizer", name, methods()).build
+    quantizer = build(num_codes, dim, **overrides)
+    if not isinstance(quantizer, Quantizer):
+        raise ValueError(f"{name} returned a {type(quantizer).__name__}, but it must return a steadyvq.Quantizer")
+    quantizer.spec = _spec(name, num_codes, dim, overrides)
+    return quantizer
+
+
+def _spec(name: str, num_codes: int, dim: int, overrides: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments as plain data, or None where an override is an object."""
+    spec = {"name": name, "num_codes": num_codes, "dim": dim, **overrides}
+    try:
+        json.dumps(spec)
+    except TypeError:
+        return None
+    return spec
+
+
+def _from_file(name: str) -> Builder:
+    """The function that `file.py:function` names."""
+    file, _, function = name.rpartition(":")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ValueError(f"quantizer {name!r}: there is no file {file}; give path/to/file.py:function")
+    module_spec = importlib.util.spec_from_file_location(f"steadyvq_user_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise ValueError(f"quantizer {name!r}: {file} cannot be imported as Python")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"quantizer {name!r}: importing {file} failed with {type(error).__name__}: {error}") from error
+    functions = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
+    builder: Builder = look_up(f"function in {path.name}", function, functions)
+    return builder

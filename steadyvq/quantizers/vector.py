@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vector quantizer: a composition of codebook, assignment, estimator, losses and maintenance.
+
+Published methods are combinations along five seams, so a method is a choice of parts:
+
+    VQ      = free codebook   + l2 + straight-through + {commitment, codebook}
+    EMA     = frozen codebook + l2 + straight-through + {commitment}                 + EMA
+    SimVQ   = linear codebook + l2 + straight-through + {commitment, codebook}
+    NSVQ    = free codebook   + l2 + straight-through + {commitment, codebook, ns}   + replacement
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from steadyvq.quantizers.assign import ASSIGNMENTS
+from steadyvq.quantizers.base import (
+    Assignment,
+    Quantized,
+    Quantizer,
+    WeightAverage,
+    check_mask,
+    from_rows,
+    to_rows,
+)
+from steadyvq.quantizers.codebooks import Codebook, FrozenCodebook
+from steadyvq.quantizers.estimators import ESTIMATORS
+from steadyvq.quantizers.initialise import place
+from steadyvq.quantizers.losses import Loss
+from steadyvq.quantizers.maintenance import Maintenance, UpdateBatch
+from steadyvq.quantizers.names import look_up
+
+
+class VectorQuantizer(Quantizer):
+    """Assigns each latent to a code of one table.
+
+    Args:
+        codes: The codebook.
+        losses: Losses by name.
+        maintenance: Bookkeeping by name, done in this order by `update`.
+        assign: Name of the assignment.
+        estimator: Name of the gradient estimator.
+        temperature: tau of soft assignments, in units of the squared distance.
+        channel_axis: The axis of the latents that holds the features.
+        seed: Of all noise in `update` and `init_from`.
+    """
+
+    temperature: Tensor
+    updates: Tensor
+
+    def __init__(
+        self,
+        codes: Codebook,
+        *,
+        losses: Mapping[str, Loss] | None = None,
+        maintenance: Mapping[str, Maintenance] | None = None,
+        assign: str = "l2",
+        estimator: str = "straight_through",
+        temperature: float = 0.35,
+        channel_axis: int = -1,
+        seed: int = 0,
+    ) -> None:
+        with torch.no_grad():
+            table = codes()
+        super().__init__(table.shape[0], table.shape[1], channel_axis=channel_axis)
+        if temperature <= 0:
+            raise ValueError(f"temperature is {temperature}, but a softmax needs a positive temperature")
+        self.codes = codes
+        self.losses = dict(losses or {})
+        self.maintenance = nn.ModuleDict(maintenance or {})
+        self.assign = look_up("assignment", assign, ASSIGNMENTS)
+        self.estimator = look_up("estimator", estimator, ESTIMATORS)
+        self.seed = seed
+        self.register_buffer("temperature", torch.tensor(float(temperature)))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.needs_update = bool(self.maintenance)
+        self._built_estimator = estimator
+        self._weights: dict[str, float] = {}
+        self._paused: frozenset[str] = frozenset()
+        for part in self._parts():
+            part.check(codes)
+            part.rows_set(table)
+
+    def _parts(self) -> list[Maintenance]:
+        return [part for part in self.maintenance.values() if isinstance(part, Maintenance)]
+
+    def weight(self, name: str) -> float:
+        """The present weight of a loss: the stage's if it names it, else the one it was built with."""
+        return self._weights.get(name, self.losses[name].weight)
+
+    def configure(
+        self,
+        *,
+        weights: Mapping[str, float] | None = None,
+        paused: Sequence[str] = (),
+        estimator: str | None = None,
+    ) -> None:
+        """See `Quantizer.configure`. A weight of 0 for a loss that this method lacks is fine, any other is refused."""
+        for name, value in (weights or {}).items():
+            if value != 0:
+                look_up("loss of this quantizer", name, self.losses)
+        self._weights = dict(weights or {})
+        self._paused = frozenset(paused)
+        self.estimator = look_up("estimator", estimator or self._built_estimator, ESTIMATORS)
+
+    def forward(self, latents: Tensor, mask: Tensor | None = None) -> Quantized:
+        """See `Quantizer.forward`."""
+        self._remind()
+        with torch.autocast(latents.device.type, enabled=False):
+            assignment = self._assign(latents, mask)
+            losses = {name: loss(assignment) for name, loss in self.losses.items() if self.weight(name) != 0}
+            total = torch.zeros((), dtype=assignment.z.dtype, device=latents.device)
+            for name, value in losses.items():
+                total = total + self.weight(name) * value
+            carrier = self.estimator(assignment)
+            rows = assignment.selected.detach() + (carrier - carrier.detach())
+            shape = self._grid(latents)
+            z_q = from_rows(rows, shape, self.channel_axis).to(latents.dtype)
+            if mask is not None:
+                z_q = torch.where(mask.unsqueeze(self.channel_axis), z_q, latents)
+        return Quantized(z_q, assignment.indices.reshape(shape), total, losses, assignment.detach())
+
+    def _assign(self, latents: Tensor, mask: Tensor | None) -> Assignment:
+        table = self.codes()
+        z = to_rows(latents, self.dim, self.channel_axis, table.dtype)
+        weight = None
+        num_valid = torch.full((), float(z.shape[0]), dtype=z.dtype, device=z.device)
+        if mask is not None:
+            check_mask(mask, latents, self.channel_axis)
+            # Garbage in masked rows must not reach a product: 0 * NaN is NaN.
+            z = torch.where(mask.reshape(-1, 1), z, 0.0)
+            weight = mask.reshape(-1).to(z.dtype)
+            num_valid = weight.sum()
+        indices, distance = self.assign(z.detach(), table.detach())
+        selected = nn.functional.embedding(indices, table)
+        if mask is not None:
+            indices = torch.where(mask.reshape(-1), indices, -1)
+        return Assignment(
+            z=z,
+            table=table,
+            indices=indices,
+            distance=distance,
+            selected=selected,
+            num_valid=self.reduce(num_valid).clamp_min(1),
+            temperature=self.temperature,
+            row_weight=weight,
+        )
+
+    def _grid(self, latents: Tensor) -> tuple[int, ...]:
+        axis = self.channel_axis % latents.dim()
+        return (*latents.shape[:axis], *latents.shape[axis + 1 :])
+
+    @torch.no_grad()
+    def encode(self, latents: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See `Quantizer.encode`."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return self._assign(latents, mask).indices.reshape(self._grid(latents))
+
+    def decode(self, indices: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        """See `Quantizer.decode`."""
+        with torch.autocast(indices.device.type, enabled=False):
+            table = self.codes()
+            flat = indices.reshape(-1)
+            rows = nn.functional.embedding(flat.clamp_min(0), table)
+            rows = torch.where((flat >= 0)[:, None], rows, 0.0)
+            return from_rows(rows, indices.shape, self.channel_axis).to(dtype or table.dtype)
+
+    @torch.no_grad()
+    def codebook(self) -> Tensor:
+        """See `Quantizer.codebook`."""
+        table: Tensor = self.codes()
+        return table.clone()
+
+    @torch.no_grad()
+    def init_from(self, latents: Tensor, *, method: str = "kmeans", seed: int | None = None) -> None:
+        """See `Quantizer.init_from`."""
+        rows = to_rows(latents.detach(), self.dim, self.channel_axis, self.codes.base.dtype)
+        generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
+        table = place(rows.to(self.codes.base.device), self.num_codes, method, generator)
+        self.codes.set_rows_(table)
+        for part in self._parts():
+            part.rows_set(table)
+
+    def bake(self) -> Quantizer:
+        """See `Quantizer.bake`."""
+        baked = VectorQuantizer(FrozenCodebook(self.codebook()), channel_axis=self.channel_axis)
+        return baked.to(self.codes.base.device).train(self.training)
+
+    def _update(
+        self, batch: list[Assignment], optimizer: torch.optim.Optimizer | None, ema: WeightAverage | None
+    ) -> dict[str, float]:
+        if not batch or not self.maintenance:
+            return {}
+        self.updates += 1
+        hits, distortion = (
+            torch.zeros(self.num_codes, dtype=a.dtype, device=a.device) for a in [batch[0].distance] * 2
+        )
+        for a in batch:
+            valid = a.indices >= 0
+            hits.index_add_(0, a.indices[valid], torch.ones_like(a.distance[valid]))
+            distortion.index_add_(0, a.indices[valid], a.distance[valid])
+        hits = self.reduce(hits)
+
+        def rewrite(dst: Tensor, src: Tensor, noise: Tensor) -> None:
+            self.codes.copy_rows_(dst, src, noise)
+            self.codes.forget_rows(dst, optimizer, ema)
+            table = self.codes()
+            for part in self._parts():
+                part.rows_copied(dst, src, table)
+
+        step = UpdateBatch(
+            assignments=batch,
+            codes=self.codes,
+            temperature=self.temperature,
+            hits=hits,
+            distortion=self.reduce(distortion),
+            tokens=hits.sum(),
+            reduce=self.reduce,
+            generator=torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.updates)),
+            rewrite=rewrite,
+        )
+        events: dict[str, float] = {}
+        for name, part in self.maintenance.items():
+            if name not in self._paused:
+                events |= part(step)
+        return events
+
+    def extra_repr(self) -> str:
+        """The parts, for `print(model)`."""
+        losses = ", ".join(f"{name}={self.weight(name):g}" for name in self.losses)
+        return f"{super().extra_repr()}, losses({losses})"
