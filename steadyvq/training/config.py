@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of a run: typed, resolved once, printed, saved with the run and stored in every checkpoint."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from steadyvq.models.autoencoder import AutoencoderConfig
+from steadyvq.quantizers.names import unknown
+from steadyvq.training.stages import Stage
+from steadyvq.training.strict import assignments, from_dict, merge, read_yaml
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which photographs, and how they are cut.
+
+    Attributes:
+        source: `mvtb` (the photographs of the package mvtb-data, split by scene) or a folder of images.
+        crop_size: Side of the training crops in pixels.
+        max_scale: Crops come from regions up to this many times larger, shrunk to `crop_size`.
+        flip: Mirror half of the training crops.
+        epoch_samples: Crops in one epoch.
+        max_side: Photographs are shrunk to this longer side when they are loaded (pixels; None: left as they are).
+        eval_crops: Held-out crops of an evaluation.
+    """
+
+    source: str = "mvtb"
+    crop_size: int = 32
+    max_scale: float = 4.0
+    flip: bool = True
+    epoch_samples: int = 1600
+    max_side: int | None = 1024
+    eval_crops: int = 320
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """Which quantizer.
+
+    Attributes:
+        name: A registered method, or file.py:function.
+        num_codes: K.
+        dim: d.
+        options: Overrides for `build_quantizer` (docs/methods.md).
+        init: Place the codes on the first latents: `kmeans`, `data`, or `none` (the method's own start).
+        init_samples: Training crops whose latents place the codes.
+    """
+
+    name: str = "nsvq"
+    num_codes: int = 1024
+    dim: int = 32
+    options: dict[str, Any] = field(default_factory=dict)
+    init: Literal["none", "data", "kmeans"] = "none"
+    init_samples: int = 256
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam for all, with a group of its own for a trainable codebook.
+
+    Attributes:
+        lr: Learning rate of encoder, decoder and codebook transforms.
+        codebook_lr: Learning rate of a free codebook; Adam moves a code by about this much per step, so it is a
+            length in latent space.
+        betas: Adam's decay rates.
+        eps: Adam's epsilon.
+        codebook_eps: Adam's epsilon for the codebook (None: `eps`).
+        grad_clip: Largest gradient norm (None: no clipping).
+        ema_decay: Of the averaged weights that are evaluated and saved.
+    """
+
+    lr: float = 1e-3
+    codebook_lr: float = 1e-3
+    betas: tuple[float, ...] = (0.9, 0.99)
+    eps: float = 1e-8
+    codebook_eps: float | None = None
+    grad_clip: float | None = 1.0
+    ema_decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2:
+            raise ValueError(f"optim.betas is {list(self.betas)}, but Adam needs two numbers, such as [0.9, 0.99]")
+        if self.lr <= 0 or self.codebook_lr <= 0:
+            raise ValueError(f"optim.lr={self.lr} and codebook_lr={self.codebook_lr}, but learning rates are positive")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the result of a run.
+
+    Attributes:
+        title: Shown in reports.
+        data: Photographs and crops.
+        model: Encoder and decoder.
+        quantizer: The quantizer.
+        optim: Optimiser.
+        stages: What is trained when.
+        reconstruction: Pixel loss, on images in [-1, 1].
+        epochs: Length of the run.
+        batch_size: Images per optimiser step, over all processes.
+        seed: Of everything random.
+        precision: `32-true` or `bf16-mixed`.
+        eval_every: Epochs between evaluations on held-out photographs.
+        checkpoint_every: Epochs between checkpoints.
+        keep_checkpoints: How many are kept.
+        log_every: Steps between rows of the log.
+        probe_images: Held-out crops whose latents are watched for drift and churn.
+    """
+
+    title: str = ""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    stages: tuple[Stage, ...] = (Stage("joint"),)
+    reconstruction: Literal["mse", "l1"] = "mse"
+    epochs: int = 10
+    batch_size: int = 32
+    seed: int = 0
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    eval_every: int = 2
+    checkpoint_every: int = 5
+    keep_checkpoints: int = 1
+    log_every: int = 10
+    probe_images: int = 32
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "batch_size", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but it must be at least 1")
+        if self.data.epoch_samples < self.batch_size:
+            raise ValueError(
+                f"data.epoch_samples is {self.data.epoch_samples}, less than batch_size {self.batch_size}: an epoch "
+                "needs at least one batch"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in one epoch."""
+        return self.data.epoch_samples // self.batch_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON and YAML."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as a recipe."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def hash(self) -> str:
+        """Twelve hexadecimal digits that name this configuration."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def recipe_names() -> list[str]:
+    """The recipes inside the package."""
+    folder = resources.files("steadyvq") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The plain data of a recipe: the name of one in the package, or a path to a YAML file."""
+    path = Path(name)
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        if not path.is_file():
+            raise ValueError(f"there is no recipe file {name}: give a YAML file or one of {', '.join(recipe_names())}")
+        data = read_yaml(path)
+    else:
+        if name not in recipe_names():
+            raise unknown("recipe", name, recipe_names())
+        with resources.as_file(resources.files("steadyvq") / "recipes" / f"{name}.yaml") as packaged:
+            data = read_yaml(packaged)
+    base = data.pop("base", None)
+    return merge(read_recipe(base), data) if base else data
+
+
+def resolve(
+    recipe: Mapping[str, Any], sets: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """The typed configuration of a recipe with overrides, `--set` pairs last."""
+    data = merge(merge(recipe, overrides or {}), assignments(sets))
+    return from_dict(RunConfig, data)

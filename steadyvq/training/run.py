@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: resolved configuration, log, checkpoints, pictures, records, report."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import steadyvq
+from steadyvq.training.config import RunConfig, resolve
+from steadyvq.training.strict import read_yaml
+
+
+class RunFolder:
+    """Where a run leaves everything; open it with `create` or `open`.
+
+    Args:
+        path: The folder.
+        config: The resolved configuration.
+    """
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path, self.config = path, config
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig, command: str) -> "RunFolder":
+        """Makes a new run folder; refuses one that holds a run already."""
+        check_free(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"the output folder {path} cannot be made ({error}): choose another with --out") from error
+        run = cls(path, config)
+        write_text(path / "config.yaml", config.to_yaml())
+        run.write_info(command=command, started=datetime.now(UTC).isoformat(timespec="seconds"), status="running")
+        run.log_path.touch()
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Opens the folder of an earlier run."""
+        if not (path / "config.yaml").is_file():
+            raise ValueError(f"{path} holds no run (no config.yaml): give a folder written by steadyvq train")
+        return cls(path, resolve(read_yaml(path / "config.yaml")))
+
+    @property
+    def log_path(self) -> Path:
+        """One JSON object per line."""
+        return self.path / "log.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of the last saved tokenizer (averaged weights)."""
+        return self.path / "tokenizer"
+
+    def write_info(self, **changes: Any) -> None:
+        """Updates run.json."""
+        path = self.path / "run.json"
+        old = json.loads(path.read_text()) if path.is_file() else {}
+        info = {
+            "steadyvq": steadyvq.__version__,
+            "title": self.config.title,
+            "config_hash": self.config.hash(),
+            **old,
+            **changes,
+        }
+        write_text(path, json.dumps(info, indent=2) + "\n")
+
+    def log(self, kind: str, **values: Any) -> None:
+        """Appends a row to the log; numbers that JSON does not have become null."""
+        row = {"kind": kind, **{key: _finite(value) for key, value in values.items()}}
+        with self.log_path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def truncate_log(self, step: int) -> None:
+        """Drops the rows after a step, so that a resumed run writes them once."""
+        kept = []
+        for line in self.log_path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if row.get("step", 0) <= step:
+                kept.append(line + "\n")
+        write_text(self.log_path, "".join(kept))
+
+
+def check_free(path: Path) -> None:
+    """Raises ValueError if a run lies in that folder, or something that is no folder."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"the output {path} is a file, but a run needs a folder: choose another with --out")
+    if any((path / name).exists() for name in ("config.yaml", "log.jsonl", "checkpoints")):
+        raise ValueError(
+            f"{path} already holds a run: choose another folder with --out, or continue it with "
+            f"`steadyvq train --resume {path}`"
+        )
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` with a temporary name in the same folder, then renames: readers never see half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
+    write_atomically(path, lambda temporary: _write(temporary, text))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the settings in which two plain configurations differ."""
+    names = []
+    for key in sorted({*a, *b}):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            names += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            names.append(f"{prefix}{key}")
+    return names

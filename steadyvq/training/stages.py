@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages are data: what is trained, with which weights, until when.
+
+NSVQ (arXiv 2606.11363) trains in three: *joint*, until the commitment loss no longer falls; *warmup*, with the encoder
+frozen and neither the non-stationary loss nor replacement nor commitment; *refine*, where the adversarial loss returns.
+
+The same `Schedule` drives our loop and yours:
+
+    schedule = Schedule(nsvq_stages())
+    schedule.apply({"encoder": [encoder], "decoder": [decoder]}, vq)
+    for epoch in range(epochs):
+        ...                                                     # one epoch of your own training
+        if schedule.step(epoch + 1, epochs, {"commitment": epoch_mean_commitment}):
+            schedule.apply({"encoder": [encoder], "decoder": [decoder]}, vq)
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from steadyvq.quantizers.base import Quantizer
+
+
+@dataclass(frozen=True)
+class Until:
+    """When a stage ends: the first of its conditions that holds at the end of an epoch. None holds: it never ends.
+
+    Attributes:
+        plateau: Name of an epoch-mean metric; the stage ends when it has not fallen for `patience` epochs.
+        patience: Epochs without a new best (10 in the paper).
+        min_epochs: The plateau rule is armed after this many epochs of the stage, and its best value is reset then:
+            early in training the latents are small and so is their commitment loss, which would freeze an untrained
+            encoder.
+        min_delta: A new best must be lower by this fraction of the old one.
+        max_epochs: Epochs of this stage.
+        at_fraction: Fraction of the whole run (0 to 1) at which the stage ends, whatever the metric does.
+    """
+
+    plateau: str | None = None
+    patience: int = 10
+    min_epochs: int = 0
+    min_delta: float = 0.0
+    max_epochs: int | None = None
+    at_fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.patience < 1 or self.min_epochs < 0 or (self.max_epochs is not None and self.max_epochs < 1):
+            raise ValueError(
+                f"patience={self.patience}, min_epochs={self.min_epochs}, max_epochs={self.max_epochs}, but a stage "
+                "needs patience >= 1, min_epochs >= 0 and max_epochs >= 1"
+            )
+        if self.at_fraction is not None and not 0 < self.at_fraction <= 1:
+            raise ValueError(f"at_fraction is {self.at_fraction}, but it is a fraction of the run in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training.
+
+    Attributes:
+        name: Shown in logs and plots.
+        until: When it ends.
+        frozen: Names of parts whose parameters are not trained.
+        weights: Loss weights that differ in this stage, by name of the loss.
+        paused: Maintenance of the quantizer that rests, by name (`replace`, `ema`, `temperature`).
+        estimator: The gradient estimator of the quantizer in this stage (None: its own). With a frozen encoder,
+            `straight_through` loses the reconstruction gradient in it, as in the paper; `direct` hands it to the codes.
+        ramps: Losses whose weight rises linearly from 0 over so many epochs of this stage.
+    """
+
+    name: str
+    until: Until = field(default_factory=Until)
+    frozen: tuple[str, ...] = ()
+    weights: dict[str, float] = field(default_factory=dict)
+    paused: tuple[str, ...] = ()
+    estimator: str | None = None
+    ramps: dict[str, float] = field(default_factory=dict)
+
+
+def nsvq_stages(
+    until: Until | None = None,
+    *,
+    warmup_epochs: int = 1,
+    estimator: str | None = None,
+    ramp_epochs: float = 2,
+) -> tuple[Stage, ...]:
+    """The three stages of NSVQ: joint, warmup, refine.
+
+    Args:
+        until: End of the joint stage; default: commitment loss not fallen for 10 epochs.
+        warmup_epochs: Length of the warmup (not in the text).
+        estimator: `direct` trains codes by the reconstruction gradient once the encoder is frozen; the paper's reading
+            is None (straight-through).
+        ramp_epochs: Epochs over which the adversarial weight returns.
+    """
+    consolidated = {"ns": 0.0, "commitment": 0.0}
+    return (
+        Stage("joint", until or Until(plateau="commitment", patience=10)),
+        Stage(
+            "warmup",
+            Until(max_epochs=warmup_epochs),
+            frozen=("encoder",),
+            weights={**consolidated, "adversarial": 0.0},
+            paused=("replace",),
+            estimator=estimator,
+        ),
+        Stage(
+            "refine",
+            frozen=("encoder",),
+            weights=consolidated,
+            paused=("replace",),
+            estimator=estimator,
+            ramps={"adversarial": ramp_epochs},
+        ),
+    )
+
+
+class Schedule:
+    """Walks through stages at the ends of epochs.
+
+    Args:
+        stages: At least one; the last one runs to the end of training.
+
+    Attributes:
+        stage: The present stage.
+        reason: Why the last change happened.
+    """
+
+    def __init__(self, stages: Iterable[Stage]) -> None:
+        self.stages = tuple(stages)
+        if not self.stages:
+            raise ValueError("a schedule needs at least one stage")
+        self.index = 0
+        self.reason = "start"
+        self._epochs = 0
+        self._best = math.inf
+        self._stale = 0
+
+    @property
+    def stage(self) -> Stage:
+        """The present stage."""
+        return self.stages[self.index]
+
+    def step(self, epochs_done: int, epochs_total: int, metrics: Mapping[str, float]) -> bool:
+        """Ends an epoch; returns whether a new stage begins (then call `apply`).
+
+        Args:
+            epochs_done: Epochs finished since the start of training.
+            epochs_total: Planned length of the run.
+            metrics: Epoch means over all processes; must hold the metric that the stage watches.
+        """
+        self._epochs += 1
+        reason = self._finished(epochs_done, epochs_total, metrics)
+        if reason is None or self.index + 1 == len(self.stages):
+            return False
+        self.index += 1
+        self.reason = reason
+        self._epochs, self._best, self._stale = 0, math.inf, 0
+        return True
+
+    def _finished(self, done: int, total: int, metrics: Mapping[str, float]) -> str | None:
+        until = self.stage.until
+        plateau = self._plateau(metrics)
+        if plateau is not None:
+            return plateau
+        if until.max_epochs is not None and self._epochs >= until.max_epochs:
+            return f"{self._epochs} epochs"
+        if until.at_fraction is not None and done >= until.at_fraction * total - 1e-9:
+            return f"{until.at_fraction:.0%} of the run"
+        return None
+
+    def _plateau(self, metrics: Mapping[str, float]) -> str | None:
+        until = self.stage.until
+        if until.plateau is None:
+            return None
+        if until.plateau not in metrics:
+            raise ValueError(
+                f"stage {self.stage.name!r} watches {until.plateau!r}, but the metrics of this epoch are "
+                f"{', '.join(sorted(metrics)) or 'empty'}: watch one of these"
+            )
+        value = metrics[until.plateau]
+        if self._epochs <= until.min_epochs:
+            return None
+        if value < self._best * (1 - until.min_delta):
+            self._best, self._stale = value, 0
+        else:
+            self._stale += 1
+        if self._stale < until.patience:
+            return None
+        return f"plateau of {until.plateau} ({until.patience} epochs)"
+
+    def apply(self, parts: Mapping[str, Sequence[nn.Module]], quantizer: Quantizer) -> None:
+        """Freezes and thaws parts and sets the quantizer's weights, maintenance and estimator for the present stage."""
+        for name in self.stage.frozen:
+            if name not in parts:
+                raise ValueError(
+                    f"stage {self.stage.name!r} freezes {name!r}, but the parts are {', '.join(sorted(parts))}"
+                )
+        for name, modules in parts.items():
+            for module in modules:
+                module.requires_grad_(name not in self.stage.frozen)
+        own = {name: weight for name, weight in self.stage.weights.items() if name != "adversarial"}
+        quantizer.configure(weights=own, paused=self.stage.paused, estimator=self.stage.estimator)
+
+    def ramp(self, name: str, epochs_in_stage: float) -> float:
+        """The factor in [0, 1] by which the stage's ramp multiplies the weight of a loss."""
+        length = self.stage.ramps.get(name, 0.0)
+        return 1.0 if length <= 0 else min(1.0, epochs_in_stage / length)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next decision depends on."""
+        return {
+            "index": self.index,
+            "reason": self.reason,
+            "epochs": self._epochs,
+            "best": self._best if math.isfinite(self._best) else None,
+            "stale": self._stale,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict()`."""
+        self.index, self.reason = state["index"], state["reason"]
+        self._epochs, self._stale = state["epochs"], state["stale"]
+        self._best = math.inf if state["best"] is None else state["best"]

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training an image tokenizer: encoder, quantizer and decoder by reconstruction plus the quantizer's losses."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from steadyvq.data import Collection, CropDataset, EvaluationCrops, load_collection
+from steadyvq.metrics import Probe, write_record
+from steadyvq.models import Tokenizer
+from steadyvq.quantizers import Quantized, Quantizer, VectorQuantizer, build_quantizer
+from steadyvq.report import picture_grid
+from steadyvq.training.average import WeightAverage
+from steadyvq.training.config import RunConfig
+from steadyvq.training.evaluation import evaluate, record_of
+from steadyvq.training.run import RunFolder, write_atomically, write_text
+from steadyvq.training.stages import Schedule
+from steadyvq.training.task import StepOutput, Task
+
+OBJECTIVE = "tokenizer"
+
+
+def build_tokenizer(config: RunConfig) -> Tokenizer:
+    """The tokenizer of a configuration, initialised from its seed."""
+    settings = config.quantizer
+    options = {"seed": config.seed, **settings.options, "channel_axis": 1}
+    if ".py:" in settings.name:
+        options = {**settings.options, "channel_axis": 1}
+    quantizer = build_quantizer(settings.name, num_codes=settings.num_codes, dim=settings.dim, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Tokenizer.build(config.model, quantizer)
+
+
+def load_photographs(config: RunConfig) -> Collection:
+    """The photographs of a configuration."""
+    return load_collection(config.data.source, min_side=config.data.crop_size, max_side=config.data.max_side)
+
+
+class TokenizerTask(Task):
+    """An image tokenizer on crops of photographs.
+
+    Args:
+        config: The run's configuration.
+        photographs: Decoded photographs (None: loaded as the configuration says); sharing them between runs saves time.
+    """
+
+    objectives = (OBJECTIVE,)
+
+    def __init__(self, config: RunConfig, photographs: Collection | None = None) -> None:
+        self.config = config
+        photographs = load_photographs(config) if photographs is None else photographs
+        self.photographs = photographs
+        self.tokenizer = build_tokenizer(config)
+        self.module = self.tokenizer
+        data = config.data
+        scales = (1.0, data.max_scale)
+        self.train_crops = CropDataset(
+            photographs.split("train"), data.crop_size, data.epoch_samples, config.seed, scales, data.flip
+        )
+        self.val_crops = EvaluationCrops(photographs.split("val"), data.crop_size, data.eval_crops)
+        self.probe = Probe()
+        self.schedule: Schedule | None = None
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """The quantizer being trained."""
+        return self.tokenizer.quantizer
+
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """Encoder (with pre_quant), decoder (with post_quant), quantizer."""
+        return self.tokenizer.parts()
+
+    def optimizer(self, objective: str) -> Optimizer:
+        """Adam with a group of its own for a trainable codebook."""
+        optim = self.config.optim
+        own = _codebook_parameters(self.quantizer)
+        rest = [p for p in self.tokenizer.parameters() if all(p is not q for q in own)]
+        groups: list[dict[str, Any]] = [{"params": rest, "lr": optim.lr, "eps": optim.eps}]
+        if own:
+            eps = optim.eps if optim.codebook_eps is None else optim.codebook_eps
+            groups.append({"params": own, "lr": optim.codebook_lr, "eps": eps})
+        return Adam(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]))
+
+    def batch(self, epoch: int, index: int) -> Tensor:
+        """Crops of a global batch, (B, 3, S, S) in [-1, 1]."""
+        return self.train_crops.batch(epoch, index * self.config.batch_size, self.config.batch_size)
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Places the codes on the first latents, if the configuration asks for it."""
+        settings = self.config.quantizer
+        if settings.init == "none":
+            return
+        device = next(self.tokenizer.parameters()).device
+        count = min(settings.init_samples, len(self.train_crops))
+        starts = range(0, count, self.config.batch_size)
+        batches = [self.train_crops.batch(0, s, min(self.config.batch_size, count - s)) for s in starts]
+        latents = torch.cat([self.tokenizer.latents(images.to(device)) for images in batches])
+        self.quantizer.init_from(latents, method=settings.init, seed=self.config.seed)
+
+    def loss(self, objective: str, model: nn.Module, batch: Tensor) -> StepOutput:
+        """Reconstruction plus the quantizer's weighted losses."""
+        reconstruction, quantized = model(batch)
+        error = reconstruction.float() - batch
+        pixel = error.square().mean() if self.config.reconstruction == "mse" else error.abs().mean()
+        total = pixel + quantized.loss
+        logs = {"loss": total, "loss/reconstruction": pixel}
+        logs |= {f"loss/{name}": value for name, value in quantized.losses.items()}
+        logs |= {f"vq/{name}": value for name, value in quantized.stats.items()}
+        logs["vq/relative_error"] = _relative_error(quantized)
+        return StepOutput(total, {name: value.detach() for name, value in logs.items()}, quantized)
+
+    def after_step(
+        self, objective: str, outputs: Sequence[StepOutput], optimizer: Optimizer, average: WeightAverage
+    ) -> Mapping[str, float]:
+        """The quantizer's own bookkeeping."""
+        events = self.quantizer.update([output.extra for output in outputs], optimizer, average)
+        logs = {f"vq/{name}": value for name, value in events.items()}
+        if isinstance(self.quantizer, VectorQuantizer) and "ns_grad_max" in outputs[0].extra.stats:
+            logs["vq/temperature"] = float(self.quantizer.temperature)
+            own = _codebook_parameters(self.quantizer)
+            eps = [g["eps"] for g in optimizer.param_groups if own and any(p is own[0] for p in g["params"])]
+            if eps:
+                logs["vq/ns_grad_over_eps"] = float(outputs[0].extra.stats["ns_grad_max"]) / eps[0]
+        return logs
+
+    def on_stage(self, schedule: Schedule) -> None:
+        """Freezes parts and sets the quantizer's weights."""
+        schedule.apply(self.parts(), self.quantizer)
+
+    @torch.no_grad()
+    def end_epoch(self, epoch: int) -> Mapping[str, float | None]:
+        """Drift and churn of the probe images since the epoch before, under the trained weights."""
+        device = next(self.tokenizer.parameters()).device
+        images = next(self.val_crops.batches(self.config.probe_images)).to(device)
+        self.tokenizer.eval()
+        latents = self.tokenizer.latents(images).float()
+        indices = self.quantizer.encode(latents)
+        self.tokenizer.train()
+        z, z_q = (x.movedim(1, -1) for x in (latents, self.quantizer.decode(indices)))
+        return self.probe(z, z_q, indices)
+
+    def validate(self, step: int, run: RunFolder) -> Mapping[str, float]:
+        """Evaluates on the held-out photographs and saves the tokenizer, a picture, a record and the code counts."""
+        result = evaluate(self.tokenizer, self.val_crops, self.config.batch_size)
+        record = record_of(result, self.val_crops, self.config.hash(), step)
+        write_record(run.path / "evaluations" / f"step-{step:08d}.json", record)
+        usage = {"num_codes": self.quantizer.num_codes, "counts": result.counts.tolist()}
+        write_text(run.path / "usage.json", json.dumps(usage))
+        grid = picture_grid(result.originals, result.reconstructions)
+        write_atomically(run.path / "pictures" / f"step-{step:08d}.png", lambda path: grid.save(path))
+        self.tokenizer.save_pretrained(run.tokenizer)
+        return result.metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """The probe's memory."""
+        return {"probe": self.probe.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict()`."""
+        self.probe.load_state_dict(state["probe"])
+
+
+def _codebook_parameters(quantizer: Quantizer) -> list[nn.Parameter]:
+    """Rows that a learning rate of their own moves: the bases of trainable codebooks."""
+    return [
+        module.base
+        for module in quantizer.modules()
+        if getattr(module, "trainable", False) and isinstance(getattr(module, "base", None), nn.Parameter)
+    ]
+
+
+@torch.no_grad()
+def _relative_error(quantized: Quantized) -> Tensor:
+    """|z_q - z|^2 over the spread of z in one batch: the quantisation error in a unit that small latents cannot fool."""
+    a = quantized.assignment
+    weight = torch.ones_like(a.distance) if a.row_weight is None else a.row_weight
+    mean = (a.z * weight[:, None]).sum(0) / weight.sum().clamp_min(1)
+    spread = ((a.z - mean).square().sum(-1) * weight).sum()
+    return (a.distance * weight).sum() / spread.clamp_min(1e-12)
