@@ -1,0 +1,635 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every registered quantizer against the shared contract, and each preset against a naive loop from its equations."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+import steadyvq
+from steadyvq.quantizers import Quantized, VectorQuantizer, compose
+
+K, D = 24, 6
+NAMES = steadyvq.list_quantizers()
+LAYOUTS = {  # name -> (shape, channel axis)
+    "rows": ((40, D), -1),
+    "sequence last": ((3, 17, D), -1),
+    "sequence first": ((3, D, 17), 1),
+    "image": ((2, D, 5, 4), 1),
+    "video": ((2, D, 3, 4, 2), 1),
+    "one vector": ((D,), -1),
+}
+
+
+def build(name: str, **overrides: object) -> steadyvq.Quantizer:
+    """A quantizer whose codes lie among standard normal latents, so that many are used."""
+    vq = steadyvq.build_quantizer(name, num_codes=K, dim=D, **overrides)
+    axis = overrides.get("channel_axis", -1)
+    shape = (200, D) if axis == -1 else (200, D, 1)
+    vq.init_from(torch.randn(shape, generator=torch.Generator().manual_seed(5)), method="data")
+    return vq
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def state(vq: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in vq.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("name", NAMES)
+class TestContract:
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_decode_gives_the_forward_vectors(self, name, layout, dtype, training):
+        shape, axis = LAYOUTS[layout]
+        vq = build(name, channel_axis=axis).train(training)
+        latents = normal(*shape).to(dtype)
+        z_q, indices, loss = vq(latents)
+        assert z_q.shape == latents.shape
+        assert z_q.dtype == dtype
+        assert indices.dtype == torch.int64
+        grid = list(shape)
+        grid.pop(axis)
+        assert list(indices.shape) == grid
+        assert loss.shape == ()
+        assert torch.equal(z_q, vq.decode(indices, dtype=dtype))
+        assert torch.equal(indices, vq.encode(latents))
+
+    def test_layouts_agree(self, name):
+        rows = build(name)
+        image = build(name, channel_axis=1)
+        image.load_state_dict(rows.state_dict())
+        latents = normal(2, 5, 4, D)
+        a, b = rows(latents), image(latents.movedim(-1, 1))
+        assert torch.equal(a.indices, b.indices)
+        assert torch.equal(a.z_q.movedim(-1, 1), b.z_q)
+        assert torch.equal(a.loss, b.loss)
+
+    def test_index_is_the_nearest_row_of_the_codebook(self, name):
+        vq = build(name)
+        z = normal(300, D)
+        expected = (z[:, None].double() - vq.codebook()[None].double()).square().sum(-1).argmin(1)
+        assert torch.equal(vq(z).indices, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast_changes_nothing(self, name, dtype):
+        vq = build(name)
+        z = normal(300, D)
+        plain = vq(z)
+        with torch.autocast("cpu", dtype=dtype):
+            cast = vq(z)
+            decoded = vq.decode(cast.indices)
+        assert torch.equal(plain.indices, cast.indices)
+        assert torch.equal(plain.loss, cast.loss)
+        assert torch.equal(plain.z_q, cast.z_q)
+        assert torch.equal(decoded, cast.z_q)
+
+    @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
+    def test_masked_garbage_changes_nothing(self, name, garbage):
+        clean, padded = build(name, channel_axis=1), build(name, channel_axis=1)
+        latents = normal(2, D, 30).requires_grad_()
+        mask = torch.rand(2, 40, generator=torch.Generator().manual_seed(1)) < 2
+        mask[:, 30:] = False
+        filled = torch.cat([latents.detach(), torch.full((2, D, 10), garbage)], 2).requires_grad_()
+        a, b = clean(latents), padded(filled, mask)
+        assert torch.equal(a.indices, b.indices[:, :30])
+        assert (b.indices[:, 30:] == -1).all()
+        assert torch.equal(a.z_q, b.z_q[:, :, :30])
+        assert torch.equal(filled[:, :, 30:].isnan(), b.z_q[:, :, 30:].isnan())
+        torch.testing.assert_close(a.loss, b.loss, rtol=1e-6, atol=0)
+        for key in a.stats:
+            torch.testing.assert_close(a.stats[key], b.stats[key], rtol=1e-5, atol=1e-9)
+        for out, x in ((a, latents), (b, filled)):
+            (out.loss + (out.z_q[:, :, :30] * normal(2, D, 30, seed=3)).sum()).backward()
+            assert x.grad is not None
+        torch.testing.assert_close(latents.grad, filled.grad[:, :, :30])
+        assert (filled.grad[:, :, 30:] == 0).all()
+        for p, q in zip(clean.parameters(), padded.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+        assert clean.update(a) == padded.update(b)
+        torch.testing.assert_close(state(clean), state(padded))
+
+    def test_everything_masked_is_harmless(self, name):
+        vq = build(name)
+        latents = torch.full((4, D), float("nan"), requires_grad=True)
+        out = vq(latents, torch.zeros(4, dtype=torch.bool))
+        assert out.loss == 0
+        vq.update(out)
+        assert all(value.isfinite().all() for value in vq.state_dict().values())
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_forward_is_pure(self, name, training):
+        vq = build(name).train(training)
+        before = state(vq)
+        first, second = vq(normal(50, D)), vq(normal(50, D))
+        assert same(before, state(vq))
+        assert torch.equal(first.loss, second.loss)
+
+    def test_update_does_nothing_in_evaluation(self, name):
+        vq = build(name).eval()
+        before = state(vq)
+        vq.update(vq(normal(50, D)))
+        assert same(before, state(vq))
+
+    def test_global_random_state_is_left_alone(self, name):
+        before = torch.get_rng_state()
+        vq = build(name)
+        vq.update(vq(normal(50, D)))
+        assert torch.equal(before, torch.get_rng_state())
+
+    def test_state_dict_round_trip(self, name):
+        vq = build(name)
+        for seed in range(5):
+            vq.update(vq(normal(50, D, seed=seed)))
+        other = steadyvq.build_quantizer(**vq.spec)
+        other.load_state_dict(vq.state_dict())
+        for seed in range(5, 8):
+            a, b = vq(normal(50, D, seed=seed)), other(normal(50, D, seed=seed))
+            assert torch.equal(a.loss, b.loss)
+            vq.update(a), other.update(b)
+        assert same(state(vq), state(other))
+
+    def test_half_precision_parents_leave_the_state_in_float32(self, name):
+        parent = torch.nn.Sequential(torch.nn.Linear(D, D), build(name))
+        for convert in (parent.half, parent.bfloat16, lambda: parent.to(torch.bfloat16)):
+            convert()
+            assert parent[0].weight.element_size() == 2
+            assert all(v.dtype in (torch.float32, torch.int64) for v in parent[1].state_dict().values())
+        parent.double()
+        assert parent[1].codebook().dtype == torch.float64
+        assert parent[1](normal(5, D)).loss.dtype == torch.float64
+
+    def test_bake_keeps_every_token_and_vector(self, name):
+        vq = build(name, channel_axis=1)
+        latents = normal(2, D, 9, 9)
+        baked = vq.bake()
+        assert torch.equal(vq(latents).z_q, baked(latents).z_q)
+        assert torch.equal(vq(latents).indices, baked(latents).indices)
+        assert not list(baked.parameters())
+
+    def test_full_graph_compile(self, name):
+        vq = build(name)
+        compiled = torch.compile(vq, fullgraph=True, backend="aot_eager")
+        z = normal(50, D).requires_grad_()
+        a, b = vq(z), compiled(z)
+        assert torch.equal(a.indices, b.indices)
+        torch.testing.assert_close(a.loss, b.loss)
+        torch.testing.assert_close(torch.autograd.grad(b.loss, z), torch.autograd.grad(a.loss, z))
+
+    def test_straight_through_gradient(self, name):
+        vq = build(name, losses={part: None for part in ("commitment", "codebook", "ns") if part in _losses(name)})
+        z = normal(50, D).requires_grad_()
+        upstream = normal(50, D, seed=2)
+        (vq(z).z_q * upstream).sum().backward()
+        assert torch.equal(z.grad, upstream)
+
+    def test_direct_gradient_goes_to_the_code(self, name):
+        vq = build(name, estimator="direct")
+        z = normal(50, D).requires_grad_()
+        out = vq(z)
+        if name == "ema":
+            assert not out.z_q.requires_grad, "no gradient reaches a codebook of averages"
+            return
+        assert torch.autograd.grad(out.z_q.sum(), z, allow_unused=True, retain_graph=True)[0] is None
+        parameters = [p for p in vq.parameters() if p.requires_grad]
+        assert any((g != 0).any() for g in torch.autograd.grad(out.z_q.sum(), parameters))
+
+    def test_bad_latents_and_masks(self, name):
+        vq = build(name)
+        with pytest.raises(ValueError, match=f"last dimension 5, but this quantizer has dim={D}: project before"):
+            vq(normal(3, 5))
+        with pytest.raises(ValueError, match="floating-point"):
+            vq(torch.zeros(3, D, dtype=torch.int64))
+        with pytest.raises(ValueError, match=r"torch.bool of shape \(3,\)"):
+            vq(normal(3, D), torch.ones(3))
+        with pytest.raises(ValueError, match=r"torch.bool of shape \(3,\)"):
+            vq(normal(3, D), torch.ones(4, dtype=torch.bool))
+        with pytest.raises(ValueError, match="channel_axis=1"):
+            build(name, channel_axis=1)(normal(D))
+
+    def test_reminds_once_when_update_is_forgotten(self, name):
+        vq = build(name)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(30):
+                vq(normal(4, D))
+        reminders = [w for w in caught if "without `update`" in str(w.message)]
+        assert len(reminders) == (1 if vq.needs_update else 0)
+
+    def test_accumulated_micro_batches_equal_the_large_batch(self, name):
+        large, small = build(name).double(), build(name).double()
+        for step in range(30):
+            z = normal(64, D, seed=step).double()
+            large.update(large(z))
+            small.update([small(part) for part in z.split(16)])
+        torch.testing.assert_close(state(large), state(small))
+
+
+def _losses(name: str) -> dict[str, object]:
+    vq = steadyvq.build_quantizer(name, num_codes=K, dim=D)
+    assert isinstance(vq, VectorQuantizer)
+    return vq.losses
+
+
+class TestEquations:
+    def test_commitment_and_codebook_against_loops(self):
+        vq = build("vq")
+        z = normal(30, D).requires_grad_()
+        out = vq(z)
+        table = vq.codes.base
+        error = sum((z[i] - table[out.indices[i]]).detach().square().sum() for i in range(30)) / (30 * D)
+        torch.testing.assert_close(out.losses["commitment"], error)
+        torch.testing.assert_close(out.losses["codebook"], error)
+        torch.testing.assert_close(out.loss, 1.25 * error)
+        grad_z, grad_e = torch.autograd.grad(out.loss, (z, table))
+        expected_z = 0.25 * 2 * (z - table[out.indices]).detach() / (30 * D)
+        expected_e = torch.zeros_like(table)
+        for i, j in enumerate(out.indices.tolist()):
+            expected_e[j] += 2 * (table[j] - z[i]).detach() / (30 * D)
+        torch.testing.assert_close(grad_z, expected_z)
+        torch.testing.assert_close(grad_e, expected_e)
+        assert (grad_e[torch.bincount(out.indices, minlength=K) == 0] == 0).all()
+
+    def test_ns_against_loops(self):
+        vq = build("nsvq", temperature=1.5, losses={"commitment": None, "codebook": None})
+        z = normal(20, D).requires_grad_()
+        out = vq(z)
+        table = vq.codes.base.detach().double()
+        expected, value = torch.zeros_like(table), 0.0
+        for i in range(20):
+            d = [(z[i].detach().double() - table[j]).square().sum() for j in range(K)]
+            total = sum(torch.exp(-x / 1.5) for x in d)
+            for j in range(K):
+                if j != out.indices[i]:
+                    w = torch.exp(-d[j] / 1.5) / total
+                    value += float(w * d[j]) / (20 * D)
+                    expected[j] += 2 * w * (table[j] - z[i].detach()) / (20 * D)
+        assert out.losses["ns"].item() == pytest.approx(value, rel=1e-5)
+        out.loss.backward()
+        torch.testing.assert_close(vq.codes.base.grad.double(), 0.1 * expected, rtol=1e-4, atol=1e-9)
+        assert z.grad is None
+        assert out.stats["ns_grad_max"].item() == pytest.approx(vq.codes.base.grad.abs().max().item(), rel=1e-5)
+
+    def test_winner_mass_and_effective_losers(self):
+        vq = build("nsvq", temperature=2.0)
+        z = normal(50, D)
+        out = vq(z)
+        p = torch.softmax(-torch.cdist(z, vq.codebook()).square().double() / 2.0, 1)
+        winner = p.gather(1, out.indices[:, None])[:, 0]
+        assert out.stats["winner_mass"].item() == pytest.approx(winner.mean().item(), rel=1e-4)
+        losers = p.scatter(1, out.indices[:, None], 0)
+        losers = losers / losers.sum(1, keepdim=True)
+        entropy = -(losers * losers.clamp_min(1e-300).log()).sum(1)
+        assert out.stats["effective_losers"].item() == pytest.approx(entropy.mean().exp().item(), rel=1e-3)
+
+    def test_simvq_table_is_the_linear_map_of_the_frozen_base(self):
+        vq = steadyvq.build_quantizer("simvq", num_codes=K, dim=D)
+        codes = vq.codes
+        torch.testing.assert_close(vq.codebook(), codes.base @ codes.weight.T + codes.bias)
+        assert set(dict(vq.named_parameters())) == {"codes.weight", "codes.bias"}
+        before = vq.codebook()
+        optimizer = torch.optim.SGD(vq.parameters(), 0.5)
+        vq(normal(30, D)).loss.backward()
+        optimizer.step()
+        assert (vq.codebook() != before).any(1).all(), "every code moves, selected or not"
+
+    def test_ema_against_loops(self):
+        vq = build("ema", maintenance={"ema": {"decay": 0.9}}).double()
+        n, m = torch.ones(K).double(), vq.codebook()
+        for step in range(4):
+            z = normal(50, D, seed=step).double()
+            out = vq(z)
+            hits, sums = torch.zeros(K).double(), torch.zeros(K, D).double()
+            for i, j in enumerate(out.indices.tolist()):
+                hits[j] += 1
+                sums[j] += z[i]
+            n, m = 0.9 * n + 0.1 * hits, 0.9 * m + 0.1 * sums
+            smoothed = (n + 1e-5) / (n.sum() + K * 1e-5) * n.sum()
+            vq.update(out)
+            torch.testing.assert_close(vq.codebook(), m / smoothed[:, None])
+
+    def test_simvq_with_ns_is_configuration_only(self):
+        vq = build("simvq", losses={"ns": 0.1})
+        z = normal(40, D)
+        out = vq(z)
+        assert set(out.losses) == {"commitment", "codebook", "ns"}
+        plain = build("simvq")
+        a = torch.autograd.grad(out.loss, list(vq.parameters()))
+        b = torch.autograd.grad(plain(z).loss, list(plain.parameters()))
+        assert not any(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+    @pytest.mark.parametrize("options", [{"squared": False}, {"detach_latents": False}, {"per_code": True}])
+    def test_ns_readings_are_switchable(self, options):
+        z = normal(40, D).requires_grad_()
+        faithful, other = build("nsvq"), build("nsvq", losses={"ns": options})
+        (ga,) = torch.autograd.grad(faithful(z).loss, faithful.codes.base)
+        out = other(z)
+        gb, gz = torch.autograd.grad(out.losses["ns"], (other.codes.base, z), allow_unused=True)
+        assert (gz is not None) == (options == {"detach_latents": False})
+        (full,) = torch.autograd.grad(other(z).loss, other.codes.base)
+        assert torch.equal(full, ga) == (options == {"detach_latents": False})
+        assert gb.isfinite().all()
+
+    def test_per_code_gradient_does_not_vanish_with_many_codes(self):
+        """The largest pull on unused codes, as the paper has it, falls with 1/K; normalised per code it does not."""
+        faithful, per_code = [], []
+        for k in (64, 4096):
+            for options, into in (({}, faithful), ({"per_code": True}, per_code)):
+                vq = steadyvq.build_quantizer("nsvq", num_codes=k, dim=D, losses={"ns": options}, init="normal")
+                out = vq(normal(512, D))
+                (grad,) = torch.autograd.grad(out.losses["ns"], vq.codes.base)
+                into.append(grad[torch.bincount(out.indices, minlength=k) == 0].norm(dim=1).median().item())
+        assert faithful[1] < 0.1 * faithful[0]
+        assert per_code[1] > 0.5 * per_code[0]
+
+
+LIVE = 16
+
+
+class TestMaintenance:
+    def dying(self, **options: object) -> steadyvq.Quantizer:
+        """Latents live among the first codes, the last eight lie far away."""
+        vq = steadyvq.build_quantizer("nsvq", num_codes=K, dim=D, maintenance={"replace": {"patience": 4.0, **options}})
+        table = 0.7 * normal(K, D)
+        table[LIVE:] += 50
+        vq.codes.set_rows_(table)
+        return vq
+
+    def test_dead_codes_become_jittered_copies_of_active_ones(self):
+        vq = self.dying(cap=1.0)
+        before = vq.codebook()
+        replaced, steps = 0.0, 0
+        while not replaced:
+            out = vq(normal(48, D, seed=steps))
+            replaced = vq.update(out)["replaced"]
+            steps += 1
+        # 48 latents over 24 codes are 2 expected hits a step: more than 4 hits are missed in the third step.
+        assert steps == 3
+        assert replaced == K - LIVE
+        after = vq.codebook()
+        assert torch.equal(before[:LIVE], after[:LIVE]), "donors stay"
+        radius = (out.assignment.distance.mean() / D).sqrt()
+        nearest = torch.cdist(after[LIVE:], after[:LIVE]).min(1)
+        assert (nearest.values < 5 * 0.1 * radius * D**0.5).all()
+        assert len(set(nearest.indices.tolist())) == K - LIVE, "no donor is split twice in one event"
+        used = torch.bincount(vq(normal(500, D, seed=99)).indices, minlength=K)
+        assert (used > 0).float().mean() > 0.9
+
+    def test_cap_limits_an_event(self):
+        vq = self.dying(cap=0.1)
+        events = [vq.update(vq(normal(48, D, seed=i)))["replaced"] for i in range(8)]
+        assert events[:6] == [0.0, 0.0, 2.0, 2.0, 2.0, 2.0]
+
+    def test_idle_is_measured_in_expected_hits(self):
+        """The same number of latents, in large or small batches, is the same patience."""
+        for batch, steps in ((96, 2), (24, 5), (12, 9)):
+            vq = self.dying(cap=1.0)
+            events = [vq.update(vq(normal(batch, D, seed=i)))["replaced"] > 0 for i in range(steps)]
+            assert events == [False] * (steps - 1) + [True]
+
+    def test_adam_moments_and_average_of_replaced_rows_are_reset(self):
+        from steadyvq.training.average import WeightAverage
+
+        vq = self.dying(cap=1.0)
+        optimizer = torch.optim.Adam(vq.parameters(), 1e-2)
+        average = WeightAverage(vq, 0.99)
+        for step in range(3):
+            out = vq(normal(48, D, seed=step))
+            optimizer.zero_grad()
+            (out.loss + vq.codes.base.square().mean()).backward()
+            optimizer.step()
+            average.update()
+            vq.update(out, optimizer, average)
+        moments = optimizer.state[vq.codes.base]
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert (moments[key][LIVE:] == 0).all()
+            assert (moments[key][:LIVE] != 0).any()
+        shadow = average.shadow["codes.base"]
+        assert torch.equal(shadow[LIVE:], vq.codes.base.detach()[LIVE:])
+        assert not torch.equal(shadow[:LIVE], vq.codes.base.detach()[:LIVE])
+
+    def test_donors_follow_the_measure_asked_for(self):
+        """One crowded tight cluster and one sparse wide one: usage picks the first, distortion the second."""
+        picked = {}
+        for donors in ("usage", "distortion"):
+            counts = torch.zeros(2)
+            for seed in range(40):
+                maintenance = {"replace": {"patience": 0.5, "cap": 0.01, "donors": donors}}
+                vq = steadyvq.build_quantizer("nsvq", num_codes=3, dim=2, seed=seed, maintenance=maintenance)
+                vq.codes.set_rows_(torch.tensor([[0.0, 0.0], [20.0, 0.0], [500.0, 0.0]]))
+                z = torch.cat([0.1 * normal(90, 2), torch.tensor([20.0, 0.0]) + 4 * normal(10, 2)])
+                assert vq.update(vq(z))["replaced"] == 1
+                counts[int(vq.codebook()[2, 0] > 10)] += 1
+            picked[donors] = counts
+        assert picked["usage"][0] > 28
+        assert picked["distortion"][1] > 34
+
+    def test_ema_survives_a_replacement(self):
+        vq = steadyvq.build_quantizer("ema", num_codes=K, dim=D, maintenance={"replace": {"patience": 4.0, "cap": 1.0}})
+        table = normal(K, D)
+        table[LIVE:] += 50
+        vq.codes.set_rows_(table)
+        for part in vq.maintenance.values():
+            part.rows_set(table)
+        for step in range(200):
+            vq.update(vq(normal(48, D, seed=step)))
+        assert vq.codebook().abs().max() < 6
+        assert len(vq(normal(500, D, seed=999)).indices.unique()) > 0.9 * K
+
+    def test_ema_start_does_not_explode(self):
+        vq = steadyvq.build_quantizer("ema", num_codes=1024, dim=16)
+        for step in range(5):
+            vq.update(vq(normal(256, 16, seed=step)))
+        assert vq.codebook().norm(dim=1).max() < 10
+
+    def test_temperature_finds_its_target_at_any_latent_scale(self):
+        for scale in (0.01, 1.0, 100.0):
+            vq = steadyvq.build_quantizer("nsvq", num_codes=256, dim=D, temperature={"effective_losers": 16})
+            vq.init_from(scale * normal(2000, D))
+            for step in range(120):
+                out = vq(scale * normal(128, D, seed=step))
+                vq.update(out)
+            assert out.stats["effective_losers"].item() == pytest.approx(16, rel=0.1)
+
+    def test_paused_maintenance_rests(self):
+        vq = self.dying(cap=1.0)
+        vq.configure(paused=["replace"])
+        assert all("replaced" not in vq.update(vq(normal(48, D, seed=i))) for i in range(10))
+        vq.configure()
+        assert sum(vq.update(vq(normal(48, D, seed=i)))["replaced"] for i in range(10)) > 0
+
+    def test_same_seed_same_replacement(self):
+        tables = []
+        for seed in (1, 1, 2):
+            vq = self.dying(cap=1.0)
+            vq.seed = seed
+            for step in range(4):
+                vq.update(vq(normal(48, D, seed=step)))
+            tables.append(vq.codebook())
+        assert torch.equal(tables[0], tables[1])
+        assert not torch.equal(tables[0], tables[2])
+
+
+class TestInit:
+    @pytest.mark.parametrize("name", NAMES)
+    def test_data_init_places_codes_on_latents(self, name):
+        vq = steadyvq.build_quantizer(name, num_codes=K, dim=D)
+        z = normal(100, D)
+        vq.init_from(z, method="data")
+        distance = torch.cdist(vq.codebook().double(), z.double()).min(1)
+        assert (distance.values < 1e-6).all()
+        assert len(distance.indices.unique()) == K
+
+    def test_kmeans_beats_a_random_subset(self):
+        z = torch.cat([centre + 0.1 * normal(50, D, seed=i) for i, centre in enumerate(5 * normal(K, D, seed=9))])
+        errors = {}
+        for method in ("data", "kmeans"):
+            vq = steadyvq.build_quantizer("vq", num_codes=K, dim=D)
+            vq.init_from(z, method=method)
+            errors[method] = vq(z).losses["commitment"].item()
+        assert errors["kmeans"] < 0.5 * errors["data"]
+
+    def test_fewer_latents_than_codes(self):
+        vq = steadyvq.build_quantizer("vq", num_codes=K, dim=D)
+        vq.init_from(normal(7, D))
+        assert vq.codebook().isfinite().all()
+        assert len(vq.codebook().unique(dim=0)) == K
+
+    def test_refuses_nonsense(self):
+        vq = steadyvq.build_quantizer("vq", num_codes=K, dim=D)
+        with pytest.raises(ValueError, match=r"'data' .*or 'kmeans'"):
+            vq.init_from(normal(50, D), method="kmean")
+        with pytest.raises(ValueError, match="no finite latents"):
+            vq.init_from(torch.full((50, D), float("nan")))
+
+
+class TestBuilding:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"name": "nsqv"}, "unknown quantizer 'nsqv'.*did you mean 'nsvq'"),
+            ({"num_codes": 0}, "num_codes is 0, but a quantizer needs a positive integer"),
+            ({"dim": -3}, "dim is -3"),
+            ({"num_codes": 2.5}, "num_codes is 2.5"),
+            ({"lossess": {}}, "unknown option 'lossess'.*did you mean 'losses'"),
+            ({"losses": {"comitment": 1.0}}, "unknown loss 'comitment'.*did you mean 'commitment'"),
+            ({"losses": {"ns": {"wieght": 1}}}, "'wieght'.*did you mean 'weight'"),
+            ({"losses": {"ns": {"per_code": 3}}}, "per_code of loss 'ns' is 3"),
+            ({"losses": 3}, "mapping"),
+            ({"maintenance": {"replace": {"donors": "best"}}}, "'distortion' or by 'usage'"),
+            ({"maintenance": {"ema": {}}}, "EMA cannot maintain a FreeCodebook"),
+            ({"temperature": 0.0}, "positive temperature"),
+            ({"temperature": {"losers": 4}}, "did you mean 'effective_losers'"),
+            ({"estimator": "ste"}, "unknown estimator 'ste'"),
+            ({"codebook": "linaer"}, "did you mean 'linear'"),
+        ],
+    )
+    def test_bad_descriptions_are_refused_in_words(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            steadyvq.build_quantizer(**{"name": "nsvq", "num_codes": 8, "dim": 4, **arguments})
+
+    def test_every_allowed_cross_trains_and_the_rest_refuses(self):
+        for codebook in ("free", "frozen", "linear"):
+            for maintenance in ({}, {"ema": {}}, {"replace": {"patience": 1.0}}, {"ema": {}, "replace": {}}):
+                parts = {"codebook": codebook, "maintenance": maintenance, "init": "normal"}
+                parts["losses"] = {"commitment": 0.25, "codebook": 1.0, "ns": 0.1}
+                if "ema" in maintenance and codebook != "frozen":
+                    with pytest.raises(ValueError, match="EMA cannot maintain"):
+                        compose(K, D, parts)
+                    continue
+                self._train(compose(K, D, parts))
+
+    def _train(self, vq: VectorQuantizer) -> None:
+        encoder = torch.nn.Linear(D, D)
+        optimizer = torch.optim.Adam([*encoder.parameters(), *vq.parameters()], 1e-2)
+        for step in range(5):
+            x = normal(64, D, seed=step)
+            out = vq(encoder(x))
+            optimizer.zero_grad()
+            ((out.z_q - x).square().mean() + out.loss).backward()
+            optimizer.step()
+            vq.update(out, optimizer)
+        assert vq.codebook().isfinite().all()
+
+    def test_a_quantizer_from_a_file(self, tmp_path):
+        file = tmp_path / "mine.py"
+        file.write_text(
+            "from steadyvq.quantizers import compose\n"
+            "def half_vq(num_codes, dim, **overrides):\n"
+            "    return compose(num_codes, dim, {'losses': {'commitment': 0.5, 'codebook': 0.5}}, overrides)\n"
+        )
+        vq = steadyvq.build_quantizer(f"{file}:half_vq", num_codes=8, dim=4)
+        assert vq.losses["commitment"].weight == 0.5
+        with pytest.raises(ValueError, match="did you mean 'half_vq'"):
+            steadyvq.build_quantizer(f"{file}:half", num_codes=8, dim=4)
+        with pytest.raises(ValueError, match="there is no file"):
+            steadyvq.build_quantizer("nowhere.py:f", num_codes=8, dim=4)
+        file.write_text("def f(num_codes, dim): return 3\n")
+        with pytest.raises(ValueError, match="returned a int"):
+            steadyvq.build_quantizer(f"{file}:f", num_codes=8, dim=4)
+        file.write_text("import nonsense_module\n")
+        with pytest.raises(ValueError, match=r"importing .* failed with ModuleNotFoundError"):
+            steadyvq.build_quantizer(f"{file}:f", num_codes=8, dim=4)
+
+    def test_stage_settings(self):
+        vq = build("nsvq")
+        vq.configure(weights={"ns": 0.0, "commitment": 0.0}, estimator="direct")
+        assert set(vq(normal(9, D)).losses) == {"codebook"}
+        vq.configure()
+        assert set(vq(normal(9, D)).losses) == {"codebook", "commitment", "ns"}
+        with pytest.raises(ValueError, match="unknown loss of this quantizer 'adversarial'"):
+            vq.configure(weights={"adversarial": 1.0})
+
+
+class Residual(torch.nn.Module):
+    """A residual quantizer over two layers (RQ-VAE): the second quantizes what the first leaves."""
+
+    def __init__(self, layers: list[steadyvq.Quantizer]) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layers)
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Quantized]]:
+        rest, outs = latents, []
+        for layer in self.layers:
+            outs.append(layer(rest))
+            rest = rest - outs[-1].z_q.detach()
+        z_q = sum(out.z_q for out in outs) - (len(outs) - 1) * (latents - latents.detach())
+        return z_q, torch.stack([out.indices for out in outs], -1), sum(out.loss for out in outs), outs
+
+    def update(self, outs: list[Quantized], optimizer: torch.optim.Optimizer) -> None:
+        for layer, out in zip(self.layers, outs, strict=True):
+            layer.update(out, optimizer)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        return sum(layer.decode(indices[..., i]) for i, layer in enumerate(self.layers))
+
+
+def test_a_residual_wrapper_needs_only_the_public_seam():
+    wrapper = Residual([build("nsvq"), build("nsvq")])
+    optimizer = torch.optim.Adam(wrapper.parameters(), 1e-2)
+    first = copy.deepcopy(wrapper.layers[0])
+    errors = []
+    for step in range(150):
+        z = normal(128, D, seed=step).requires_grad_()
+        z_q, indices, loss, outs = wrapper(z)
+        upstream = torch.autograd.grad(z_q.sum(), z, retain_graph=True)[0]
+        torch.testing.assert_close(upstream, torch.ones_like(z)), "the straight-through gradient arrives once"
+        torch.testing.assert_close(wrapper.decode(indices), z_q)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        wrapper.update(outs, optimizer)
+        errors.append((z_q - z).square().mean().item())
+    z = normal(500, D, seed=777)
+    assert sum(errors[-10:]) < 0.8 * sum(errors[:10])
+    assert (wrapper(z)[0] - z).square().mean() < 0.7 * (first(z).z_q - z).square().mean()
