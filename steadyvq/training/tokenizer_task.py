@@ -177,7 +177,7 @@ def _codebook_parameters(quantizer: Quantizer) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def _relative_error(quantized: Quantized) -> Tensor:
-    """|z_q - z|^2 over the spread of z in one batch: the quantisation error in a unit that small latents cannot fool."""
+    """|z_q - z|^2 over the spread of z in one batch: quantisation error in a unit that small latents cannot fool."""
     a = quantized.assignment
     weight = torch.ones_like(a.distance) if a.row_weight is None else a.row_weight
     mean = (a.z * weight[:, None]).sum(0) / weight.sum().clamp_min(1)

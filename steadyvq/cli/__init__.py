@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `steadyvq demo | train | eval | encode | decode | report | list`.
+
+    steadyvq demo                                   watch a codebook die and ours live, on real photographs
+    steadyvq train quickstart --data DIR            a tokenizer for your images
+    steadyvq train quickstart --set optim.lr=3e-4   one setting changed
+    steadyvq train --resume runs/quickstart         go on after an interruption
+
+Only the parser is imported here: torch is loaded by the command that needs it, so `--help` is instant.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import steadyvq
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence with the nearest known word."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the error and leaves with exit code 2."""
+        words = [option for action in self._actions for option in action.option_strings]
+        words += [name for action in self._actions for name in (action.choices or ())]
+        wrong = [word.strip("',") for word in message.split() if word.strip("',").startswith("-") or "'" in word]
+        near = [match for word in wrong[:1] for match in difflib.get_close_matches(word, words, 1)]
+        hint = f"; did you mean {near[0]}?" if near else f"; see `{self.prog} --help`"
+        sys.stderr.write(f"{self.prog}: {message}{hint}\n")
+        raise SystemExit(BAD_INPUT)
+
+
+def build_parser() -> Parser:
+    """All commands and their options."""
+    parser = Parser(prog="steadyvq", description="Discrete tokenizers whose whole codebook stays in use.")
+    parser.add_argument("--version", action="version", version=f"steadyvq {steadyvq.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    _add_demo(commands)
+    _add_train(commands)
+    _add_use(commands)
+    _add_report_and_list(commands)
+    return parser
+
+
+def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
+    demo = commands.add_parser(
+        "demo", help="watch a plain codebook die and ours live on the same photographs, in minutes", allow_abbrev=False
+    )
+    demo.add_argument("--data", help="a folder of images (default: the built-in photographs of mvtb-data)")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="where the runs and report.html go")
+    demo.add_argument("--arms", help="comma-separated arms (default: all of the recipe)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting for all arms")
+
+
+def _add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
+    train = commands.add_parser("train", help="train a tokenizer from a recipe", allow_abbrev=False)
+    train.add_argument("recipe", nargs="?", help="a recipe of the package (`steadyvq list recipes`) or a YAML file")
+    train.add_argument("--data", help="a folder of images, or mvtb for the built-in photographs")
+    train.add_argument("--out", type=Path, help="the run folder (default: runs/RECIPE)")
+    train.add_argument("--quantizer", metavar="NAME", help="a method (`steadyvq list`) or file.py:function")
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; repeatable")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="continue an interrupted run")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+
+
+def _add_use(commands: "argparse._SubParsersAction[Parser]") -> None:
+    evaluate = commands.add_parser("eval", help="measure a trained tokenizer on photographs", allow_abbrev=False)
+    evaluate.add_argument("run", type=Path, help="a run folder or a saved tokenizer")
+    evaluate.add_argument("--data", help="a folder of images (default: the run's own data)")
+    evaluate.add_argument("--split", default="val", help="val, test, train or all")
+    evaluate.add_argument("--crop", type=int, help="side of the crops in pixels (default: the run's)")
+    evaluate.add_argument("--count", type=int, help="number of crops (default: the run's)")
+    evaluate.add_argument("--out", type=Path, help="where the JSON record goes (default: RUN/evaluations)")
+    encode = commands.add_parser("encode", help="images to tokens", allow_abbrev=False)
+    encode.add_argument("run", type=Path, help="a run folder or a saved tokenizer")
+    encode.add_argument("--data", required=True, help="a folder of images")
+    encode.add_argument("--size", type=int, help="images are resized and centre-cropped to this side (default: run's)")
+    encode.add_argument("--out", type=Path, required=True, help="the .npz file of tokens")
+    decode = commands.add_parser("decode", help="tokens to images", allow_abbrev=False)
+    decode.add_argument("run", type=Path, help="a run folder or a saved tokenizer")
+    decode.add_argument("tokens", type=Path, help="an .npz file written by encode")
+    decode.add_argument("--out", type=Path, required=True, help="the folder of PNG files")
+    for command in (evaluate, encode, decode):
+        command.add_argument("--quantizer", metavar="FILE.py:FUNCTION", help="where your own quantizer lies, if moved")
+
+
+def _add_report_and_list(commands: "argparse._SubParsersAction[Parser]") -> None:
+    report = commands.add_parser(
+        "report", help="one self-contained report.html of one or several runs", allow_abbrev=False
+    )
+    report.add_argument("runs", nargs="+", type=Path, help="run folders")
+    report.add_argument("--out", type=Path, help="the HTML file (default: report.html in the first run)")
+    listing = commands.add_parser("list", help="methods and recipes", allow_abbrev=False)
+    listing.add_argument("what", nargs="?", default="quantizers", choices=("quantizers", "recipes"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0 done, 2 bad input, 3 failed, 130 interrupted."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return _run(arguments)
+    except ValueError as error:
+        sys.stderr.write(f"steadyvq {arguments.command}: {error}\n")
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            f"steadyvq {arguments.command}: stopped at once; nothing was saved since the last checkpoint\n"
+        )
+        return INTERRUPTED
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "demo":
+        from steadyvq.cli.train import demo
+
+        return demo(arguments)
+    if arguments.command == "train":
+        from steadyvq.cli.train import train
+
+        return train(arguments)
+    if arguments.command == "report":
+        from steadyvq.cli.show import report
+
+        return report(arguments)
+    if arguments.command == "list":
+        from steadyvq.cli.show import listing
+
+        return listing(arguments)
+    from steadyvq.cli import use
+
+    return {"eval": use.evaluate_run, "encode": use.encode, "decode": use.decode}[arguments.command](arguments)

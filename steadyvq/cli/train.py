@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`steadyvq train` and `steadyvq demo`."""
+
+import argparse
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+from steadyvq.cli.common import EXIT_INTERRUPTED, say, table
+from steadyvq.experiments.demo import run_demo
+from steadyvq.report import comparison_table, write_report
+from steadyvq.training.config import RunConfig, read_recipe, resolve
+from steadyvq.training.loop import Engine, Interrupted
+from steadyvq.training.run import RunFolder, check_free, differences
+from steadyvq.training.strict import merge
+from steadyvq.training.tokenizer_task import TokenizerTask
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Trains a recipe, or resumes a run."""
+    if arguments.resume is not None:
+        return _resume(arguments)
+    if arguments.recipe is None:
+        raise ValueError("no recipe given: name one (`steadyvq list recipes`), a YAML file, or --resume RUN")
+    config = _config(arguments)
+    if arguments.dry_run:
+        print(config.to_yaml(), end="")
+        return 0
+    path = arguments.out or Path("runs") / Path(arguments.recipe).stem
+    check_free(path)
+    task = TokenizerTask(config)
+    _tell_about_data(task)
+    run = RunFolder.create(path, config, shlex.join(["steadyvq", *sys.argv[1:]]))
+    return _fit(task, run, resume=False)
+
+
+def _config(arguments: argparse.Namespace) -> RunConfig:
+    recipe = read_recipe(arguments.recipe)
+    if arguments.quantizer:
+        quantizer = dict(recipe.get("quantizer", {}))
+        if quantizer.get("name") != arguments.quantizer:
+            # Options of one method mean nothing, or something else, for another.
+            quantizer = {**quantizer, "name": arguments.quantizer, "options": {}}
+        recipe = {**recipe, "quantizer": quantizer}
+    overrides = {"data": {"source": arguments.data}} if arguments.data else {}
+    config = resolve(recipe, arguments.set, overrides)
+    if not config.title:
+        config = resolve(merge(recipe, {"title": Path(arguments.recipe).stem}), arguments.set, overrides)
+    return config
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    run = RunFolder.open(arguments.resume)
+    if arguments.recipe or arguments.set or arguments.data or arguments.quantizer:
+        asked = _config(arguments) if arguments.recipe else _changed(run.config, arguments)
+        changed = differences(asked.to_dict(), run.config.to_dict())
+        if changed:
+            raise ValueError(
+                f"{arguments.resume} was trained with another configuration (differs in {', '.join(changed[:5])}): "
+                "resume it without recipe or --set, or train anew into another folder with --out"
+            )
+    task = TokenizerTask(run.config)
+    return _fit(task, run, resume=True)
+
+
+def _changed(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
+    overrides: dict[str, object] = {"data": {"source": arguments.data}} if arguments.data else {}
+    if arguments.quantizer:
+        overrides["quantizer"] = {"name": arguments.quantizer}
+    return resolve(config.to_dict(), arguments.set, overrides)
+
+
+def _tell_about_data(task: TokenizerTask) -> None:
+    photographs = task.photographs
+    held_out = photographs.split("val")
+    say(f"{len(photographs)} photographs from {photographs.data}, {len(held_out)} held out")
+    if photographs.skipped:
+        say(f"{len(photographs.skipped)} files skipped:")
+        for path, reason in photographs.skipped[:10]:
+            say(f"  {path}: {reason}")
+
+
+def _fit(task: TokenizerTask, run: RunFolder, *, resume: bool) -> int:
+    engine = Engine(task, run, resume=resume)
+    parameters = sum(p.numel() for p in task.module.parameters())
+    say(
+        f"{run.config.title}: {parameters / 1e6:.2f} M parameters, {engine.total_steps} steps of "
+        f"{run.config.batch_size} images, configuration {run.config.hash()}"
+    )
+    try:
+        engine.fit()
+    except Interrupted as stop:
+        say(f"{stop}\nresume with: steadyvq train --resume {shlex.quote(str(run.path))}")
+        return EXIT_INTERRUPTED if stop.signal == signal.SIGINT else 0
+    page = write_report([run.path], run.path / "report.html")
+    table(comparison_table([run.path]))
+    say(f"report: {page}")
+    return 0
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """Trains the arms of the demo and shows them side by side."""
+    arms = arguments.arms.split(",") if arguments.arms else None
+    try:
+        runs = run_demo(arguments.out, data=arguments.data, arms=arms, seed=arguments.seed, sets=arguments.set)
+    except Interrupted as stop:
+        say(f"{stop}\nstart again with: steadyvq demo --out ANOTHER_FOLDER")
+        return EXIT_INTERRUPTED if stop.signal == signal.SIGINT else 0
+    page = write_report(runs, arguments.out / "report.html", title="A codebook dies, ours lives")
+    table(comparison_table(runs))
+    say(f"pictures and curves: {page}")
+    return 0

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models: encoder and decoder, and the tokenizer that joins them with a quantizer."""
+
+from steadyvq.models.autoencoder import AUTOENCODERS, AutoencoderConfig, Decoder, Encoder, autoencoder_config
+from steadyvq.models.tokenizer import Tokenizer
+
+__all__ = ["AUTOENCODERS", "AutoencoderConfig", "Decoder", "Encoder", "Tokenizer", "autoencoder_config"]

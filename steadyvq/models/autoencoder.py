@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convolutional encoder and decoder without attention, and their named sizes.
+
+    images (B, 3, H, W) -> Encoder -> (B, z_channels, H / f, W / f) -> Decoder -> (B, 3, H, W)
+
+The layout is the one of SimVQ's 128x128 experiments (arXiv 2411.02038; the code follows Open-MAGVIT2):
+
+- residual block: GroupNorm -> swish -> 3x3 -> GroupNorm -> swish -> 3x3, a 1x1 skip where the width changes, no biases;
+- one level per multiplier, a 3x3 convolution of stride 2 and padding 1 between levels: f = 2 ** (levels - 1);
+- up: a 3x3 convolution to four times the width, then depth-to-space;
+- the encoder ends GroupNorm -> swish -> 1x1 to `z_channels`, which is the code dimension, so no further projection follows;
+- no attention anywhere, so any image size that is a multiple of f is accepted.
+
+Differs from the source: depth-to-space here is `torch.nn.PixelShuffle`, which reads the channels as (width, 2, 2); the
+source reads them as (2, 2, width). The functions are the same up to a fixed order of the convolution's output channels:
+weights w (4C, ...) of the source become `w.unflatten(0, (4, C)).transpose(0, 1).flatten(0, 1)` here.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def group_count(channels: int) -> int:
+    """Return the number of GroupNorm groups for a width.
+
+    It is 32 for every width of the published sizes (a multiple of 32 from 128 on); narrower layers get the largest
+    divisor of the width that leaves at least four channels in a group, since a group of one channel would erase that
+    channel's mean, and with it the overall colour of an image.
+    """
+    limit = max(1, min(32, channels // 4))
+    return next(groups for groups in range(limit, 0, -1) if channels % groups == 0)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(group_count(channels), channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Residual block: x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 skip where the width changes.
+
+    Args:
+        in_channels: width of the input.
+        out_channels: width of the output.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.skip: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            self.skip = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, h, w) to (B, out_channels, h, w)."""
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        out: Tensor = self.skip(x) + hidden
+        return out
+
+
+def _blocks(in_channels: int, out_channels: int, count: int) -> list[nn.Module]:
+    widths = [in_channels] + [out_channels] * count
+    return [ResBlock(a, b) for a, b in pairwise(widths)]
+
+
+def _downsample(channels: int) -> nn.Module:
+    return nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+
+def _upsample(channels: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, 4 * channels, 3, padding=1), nn.PixelShuffle(2))
+
+
+class Encoder(nn.Module):
+    """Images to latents.
+
+    Args:
+        channels: width of the first level.
+        multipliers: width of each level in units of `channels`, highest resolution first.
+        num_res_blocks: residual blocks per level.
+        num_mid_blocks: residual blocks at the lowest resolution, after the levels.
+        z_channels: width of the latents.
+        in_channels: channels of the images.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        multipliers: Iterable[int],
+        num_res_blocks: int,
+        num_mid_blocks: int,
+        z_channels: int,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        widths = [channels * multiplier for multiplier in multipliers]
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        self.levels = nn.ModuleList()
+        for level, (before, width) in enumerate(zip([channels, *widths], widths, strict=False)):
+            layers = _blocks(before, width, num_res_blocks)
+            if level < len(widths) - 1:
+                layers.append(_downsample(width))
+            self.levels.append(nn.Sequential(*layers))
+        self.mid = nn.Sequential(*_blocks(widths[-1], widths[-1], num_mid_blocks))
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], z_channels, 1)
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per latent, along one side."""
+        return int(2 ** (len(self.levels) - 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (B, in_channels, H, W) in [-1, 1] to latents (B, z_channels, H / f, W / f)."""
+        x: Tensor = self.conv_in(images)
+        for level in self.levels:
+            x = level(x)
+        x = self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return x
+
+
+class Decoder(nn.Module):
+    """Latents to images; the mirror image of `Encoder`, with the same arguments.
+
+    Args:
+        channels: width of the last level.
+        multipliers: width of each level in units of `channels`, highest resolution first, as in the encoder.
+        num_res_blocks: residual blocks per level.
+        num_mid_blocks: residual blocks at the lowest resolution, before the levels.
+        z_channels: width of the latents.
+        out_channels: channels of the images.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        multipliers: Iterable[int],
+        num_res_blocks: int,
+        num_mid_blocks: int,
+        z_channels: int,
+        out_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        widths = [channels * multiplier for multiplier in multipliers][::-1]
+        self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
+        self.mid = nn.Sequential(*_blocks(widths[0], widths[0], num_mid_blocks))
+        self.levels = nn.ModuleList()
+        for level, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False)):
+            layers = _blocks(before, width, num_res_blocks)
+            if level < len(widths) - 1:
+                layers.append(_upsample(width))
+            self.levels.append(nn.Sequential(*layers))
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per latent, along one side."""
+        return int(2 ** (len(self.levels) - 1))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Map latents (B, z_channels, h, w) to images (B, out_channels, f h, f w), not clamped."""
+        x: Tensor = self.mid(self.conv_in(latents))
+        for level in self.levels:
+            x = level(x)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return x
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The size of an encoder and its decoder.
+
+    Attributes:
+        channels: width of the level of full resolution.
+        multipliers: width of each level in units of `channels`, highest resolution first.
+        num_res_blocks: residual blocks per level.
+        num_mid_blocks: residual blocks at the lowest resolution.
+        z_channels: width of the encoder's output and of the decoder's input.
+    """
+
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 2, 4)
+    num_res_blocks: int = 2
+    num_mid_blocks: int = 2
+    z_channels: int = 128
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "multipliers", tuple(self.multipliers))
+        for name, least in (("channels", 1), ("num_res_blocks", 1), ("num_mid_blocks", 0), ("z_channels", 1)):
+            value = getattr(self, name)
+            if not _is_count(value, least):
+                raise ValueError(f"{name} is {value!r}, but it must be a whole number of at least {least}.")
+        if not self.multipliers or not all(_is_count(multiplier, 1) for multiplier in self.multipliers):
+            raise ValueError(
+                f"multipliers is {self.multipliers!r}, but it must hold one whole number of at least 1 per level, "
+                "such as (1, 2, 2, 4) for a downsampling of 8."
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per latent, along one side: 2 ** (levels - 1)."""
+        return int(2 ** (len(self.multipliers) - 1))
+
+    def build(self) -> tuple[Encoder, Decoder]:
+        """Return a freshly initialised encoder and decoder of this size."""
+        size = (self.channels, self.multipliers, self.num_res_blocks, self.num_mid_blocks, self.z_channels)
+        return Encoder(*size), Decoder(*size)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+# simvq_f8 is the published size (128x128 images to 16x16 latents). The small ones are for 32x32 and 64x64 crops on a
+# CPU: a training step of small_f4 on 32 crops of 32x32 takes well under a tenth of a second on one thread.
+AUTOENCODERS: dict[str, AutoencoderConfig] = {
+    "simvq_f8": AutoencoderConfig(),
+    "small_f4": AutoencoderConfig(32, (1, 2, 2), num_res_blocks=1, num_mid_blocks=1, z_channels=32),
+    "small_f8": AutoencoderConfig(32, (1, 2, 2, 2), num_res_blocks=1, num_mid_blocks=1, z_channels=32),
+}
+
+
+def autoencoder_config(name: str) -> AutoencoderConfig:
+    """Return the named size; the names are the keys of `AUTOENCODERS`.
+
+    Raises:
+        ValueError: no size has this name.
+    """
+    if name not in AUTOENCODERS:
+        nearest = difflib.get_close_matches(name, AUTOENCODERS, n=1)
+        hint = f" Did you mean {nearest[0]}?" if nearest else ""
+        raise ValueError(f"no autoencoder size is called {name!r}: the names are {', '.join(AUTOENCODERS)}.{hint}")
+    return AUTOENCODERS[name]
