@@ -79,7 +79,7 @@ def test_zipf_tokens_agree_with_numpy() -> None:
 
 @given(hnp.arrays(np.int64, st.integers(0, 60), elements=st.integers(-1, 9)), st.integers(0, 60))
 @settings(max_examples=60, deadline=None)
-def test_merged_meters_equal_the_meter_of_the_union(tokens: np.ndarray, cut: int) -> None:  # type: ignore[type-arg]
+def test_merged_meters_equal_the_meter_of_the_union(tokens: np.ndarray, cut: int) -> None:
     whole = meter_of(torch.from_numpy(tokens), 10)
     first, second = meter_of(torch.from_numpy(tokens[:cut]), 10), meter_of(torch.from_numpy(tokens[cut:]), 10)
     first.merge(second)
@@ -171,7 +171,7 @@ def naive_ssim(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_psnr_is_per_image_and_on_eight_bits(pictures: tuple[torch.Tensor, torch.Tensor]) -> None:
     clean, noisy = pictures
     values = psnr(clean, noisy)
-    assert values.tolist() == pytest.approx([naive_psnr(a, b) for a, b in zip(clean, noisy, strict=True)], abs=1e-6)
+    assert values.tolist() == pytest.approx([naive_psnr(a, b) for a, b in zip(clean, noisy, strict=True)], abs=1e-4)
     assert values.max() - values.min() > 10
     assert torch.equal(psnr(to_uint8(clean), noisy), values)
     # Less than half a level is no difference; one value off by one level is the ceiling.
@@ -201,7 +201,7 @@ def test_image_errors() -> None:
         psnr(a, a[:1])
     with pytest.raises(ValueError, match="images are 8 x 16, but SSIM has a window of 11 x 11"):
         ssim(a[..., :8], a[..., :8])
-    with pytest.raises(ValueError, match="dtype torch.int64"):
+    with pytest.raises(ValueError, match=r"dtype torch\.int64"):
         psnr(a.long(), a)
     with pytest.raises(ValueError, match="1 photographs are named for 2 images"):
         ImageQuality().update(a, a, ["x"])

@@ -73,7 +73,7 @@ def _changed(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
 
 def _tell_about_data(task: TokenizerTask) -> None:
     photographs = task.photographs
-    held_out = photographs.split("val")
+    held_out = photographs.split(task.config.data.eval_split)
     say(f"{len(photographs)} photographs from {photographs.data}, {len(held_out)} held out")
     if photographs.skipped:
         say(f"{len(photographs.skipped)} files skipped:")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models: encoder and decoder, and the tokenizer that joins them with a quantizer."""
+"""Models: encoder and decoder, and the tokenizer that puts a quantizer between them."""
 
 from steadyvq.models.autoencoder import AUTOENCODERS, AutoencoderConfig, Decoder, Encoder, autoencoder_config
 from steadyvq.models.tokenizer import Tokenizer

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The image tokenizer: encoder, quantizer, decoder.
+"""The tokenizer: encoder -> quantizer -> decoder, from images to a grid of integers and back.
 
-tokenizer = Tokenizer.build(AutoencoderConfig(), steadyvq.build_quantizer("nsvq", num_codes=65536, dim=128, channel_axis=1))
-indices = tokenizer.encode(images)          # (B, 3, H, W) in [-1, 1] -> (B, h, w)
-images = tokenizer.decode(indices)          # and back, clamped to [-1, 1]
-tokenizer.save_pretrained("folder"); Tokenizer.from_pretrained("folder")
+    tokenizer = Tokenizer.build(autoencoder_config("small_f4"), quantizer)
+    reconstruction, quantized = tokenizer(images)      # training: not clamped, with gradients
+    indices = tokenizer.encode(images)                 # (B, h, w)
+    images = tokenizer.decode(indices)                 # (B, 3, H, W) in [-1, 1]
+
+A tokenizer receives its quantizer and never chooses one; `from_pretrained` alone rebuilds the one that a saved folder
+names. A saved folder holds `model.safetensors` and `config.json` and nothing that runs code when it is read.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,28 @@ from torch import Tensor, nn
 from steadyvq.models.autoencoder import AutoencoderConfig, Decoder, Encoder
 from steadyvq.quantizers.base import Quantized, Quantizer
 
-FORMAT = "steadyvq-tokenizer-1"
+FORMAT = 1
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+_NAMES_IN_AN_ERROR = 4
 
 
 class Tokenizer(nn.Module):
-    """An image tokenizer.
+    """An encoder, a quantizer and a decoder.
 
     Args:
-        encoder: Images (B, 3, H, W) to features (B, z_channels, h, w).
-        decoder: Features back to images.
-        quantizer: A quantizer with channel_axis=1.
-        pre_quant: Features to latents of the quantizer's dim, where the widths differ.
-        post_quant: Codes back to features.
-        config: The sizes of encoder and decoder, needed for `save_pretrained`.
+        encoder: images to latents (B, z_channels, h, w).
+        decoder: latents (B, z_channels, h, w) to images.
+        quantizer: takes latents with the features at axis 1.
+        pre_quant: maps the encoder's output to the quantizer's dimension; identity if None.
+        post_quant: maps codes to the decoder's input width; identity if None.
+
+    Attributes:
+        config: the size that `build` was given; None for a tokenizer put together by hand, which cannot be saved
+            with `save_pretrained`.
+
+    Raises:
+        ValueError: the quantizer's channel axis is not 1.
     """
 
     def __init__(
@@ -46,118 +56,147 @@ class Tokenizer(nn.Module):
         quantizer: Quantizer,
         pre_quant: nn.Module | None = None,
         post_quant: nn.Module | None = None,
-        config: AutoencoderConfig | None = None,
     ) -> None:
         super().__init__()
         if quantizer.channel_axis != 1:
             raise ValueError(
-                f"the quantizer has channel_axis={quantizer.channel_axis}, but a Tokenizer quantizes (B, d, h, w): build "
-                "it with channel_axis=1"
+                f"quantizer has channel_axis={quantizer.channel_axis}, but a tokenizer's latents are (B, d, h, w): "
+                "build it with channel_axis=1."
             )
-        self.encoder, self.decoder, self.quantizer = encoder, decoder, quantizer
-        self.pre_quant = pre_quant or nn.Identity()
-        self.post_quant = post_quant or nn.Identity()
-        self.config = config
+        self.encoder = encoder
+        self.decoder = decoder
+        self.quantizer = quantizer
+        self.pre_quant = nn.Identity() if pre_quant is None else pre_quant
+        self.post_quant = nn.Identity() if post_quant is None else post_quant
+        self.config: AutoencoderConfig | None = None
 
     @classmethod
-    def build(cls, config: AutoencoderConfig, quantizer: Quantizer) -> Tokenizer:
-        """A new tokenizer of these sizes; 1x1 convolutions join the widths where z_channels is not the quantizer's dim."""
-        encoder, decoder = config.build()
-        pre: nn.Module | None = None
-        post: nn.Module | None = None
+    def build(cls, config: AutoencoderConfig, quantizer: Quantizer) -> "Tokenizer":
+        """Return a freshly initialised tokenizer, with 1x1 convolutions where z_channels differs from the code size."""
+        pre_quant = post_quant = None
         if config.z_channels != quantizer.dim:
-            pre = nn.Conv2d(config.z_channels, quantizer.dim, 1)
-            post = nn.Conv2d(quantizer.dim, config.z_channels, 1)
-        return cls(encoder, decoder, quantizer, pre, post, config)
+            pre_quant = nn.Conv2d(config.z_channels, quantizer.dim, 1)
+            post_quant = nn.Conv2d(quantizer.dim, config.z_channels, 1)
+        encoder, decoder = config.build()
+        tokenizer = cls(encoder, decoder, quantizer, pre_quant, post_quant)
+        tokenizer.config = config
+        return tokenizer
 
-    def parts(self) -> dict[str, list[nn.Module]]:
-        """What a training stage may freeze: everything before the quantizer is `encoder`, everything after `decoder`."""
-        return {
-            "encoder": [self.encoder, self.pre_quant],
-            "decoder": [self.decoder, self.post_quant],
-            "quantizer": [self.quantizer],
-        }
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per token, along one side."""
+        return self.encoder.downsampling
 
     def latents(self, images: Tensor) -> Tensor:
-        """The latents that are quantized, (B, d, h, w), of images (B, 3, H, W) in [-1, 1].
+        """Map images (B, 3, H, W) in [-1, 1] to latents (B, d, h, w), before quantization.
 
         Raises:
-            ValueError: H or W is no multiple of the downsampling.
+            ValueError: the images are not floats, not of rank 4, or their sides are no multiples of the downsampling.
         """
-        factor = self.encoder.downsampling
-        if images.dim() != 4 or images.shape[2] % factor or images.shape[3] % factor:
-            raise ValueError(
-                f"images have shape {tuple(images.shape)}, but (B, 3, H, W) with H and W multiples of {factor} is needed: "
-                "resize or crop them"
-            )
+        self._check(images)
         latents: Tensor = self.pre_quant(self.encoder(images))
         return latents
 
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
-        """Reconstructions (B, 3, H, W), not clamped, and what the quantizer returned."""
-        quantized: Quantized = self.quantizer(self.latents(images))
-        return self._reconstruct(quantized.z_q), quantized
+        """Reconstruct images.
 
-    def _reconstruct(self, z_q: Tensor) -> Tensor:
-        image: Tensor = self.decoder(self.post_quant(z_q))
-        return image
+        Args:
+            images: (B, 3, H, W) in [-1, 1], sides multiples of the downsampling.
+
+        Returns:
+            The reconstruction (B, 3, H, W), not clamped, and what the quantizer returned for the latents.
+        """
+        quantized: Quantized = self.quantizer(self.latents(images))
+        return self.decoder(self.post_quant(quantized.z_q)), quantized
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Indices (B, h, w), int64, of images (B, 3, H, W) in [-1, 1]."""
+        """Return the indices (B, h, w), int64, of images (B, 3, H, W) in [-1, 1]; no gradient."""
         return self.quantizer.encode(self.latents(images))
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] of indices (B, h, w)."""
-        dtype = next(self.decoder.parameters()).dtype
-        return self._reconstruct(self.quantizer.decode(indices, dtype=dtype)).clamp(-1, 1)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes model.safetensors and config.json; an earlier tokenizer there is replaced file by file.
+        """Return the images (B, 3, H, W), clamped to [-1, 1], of indices (B, h, w); no gradient.
 
         Raises:
-            ValueError: The tokenizer was built by hand, so that it cannot be described.
+            ValueError: the indices are not of rank 3.
+        """
+        if indices.dim() != 3:
+            raise ValueError(f"indices have shape {tuple(indices.shape)}, but a tokenizer decodes grids (B, h, w).")
+        z_q = self.quantizer.decode(indices, dtype=self.decoder.conv_in.weight.dtype)
+        image: Tensor = self.decoder(self.post_quant(z_q))
+        return image.clamp(-1, 1)
+
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """Return the modules by the names that training stages freeze; together they hold every parameter.
+
+        `pre_quant` belongs to the encoder: tokens stay what they are only if it is frozen too.
+        """
+        return {
+            "encoder": [self.encoder, self.pre_quant],
+            "quantizer": [self.quantizer],
+            "decoder": [self.decoder, self.post_quant],
+        }
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `model.safetensors` and `config.json` into a folder, which is made if it is not there.
+
+        Raises:
+            ValueError: the tokenizer was not made by `build`, so its size is not known.
         """
         if self.config is None:
-            raise ValueError("this tokenizer was built from parts: make it with Tokenizer.build to save it")
+            raise ValueError(
+                "this tokenizer was put together by hand, so its size cannot be written down: make it with "
+                "Tokenizer.build, or save its state_dict."
+            )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        description = {
-            "format": FORMAT,
-            "autoencoder": dataclasses.asdict(self.config),
-            "quantizer": self.quantizer.spec,
-        }
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        _replace(folder / "model.safetensors", lambda path: save_file(tensors, path))
-        text = json.dumps(description, indent=2) + "\n"
-        _replace(folder / "config.json", lambda path: path.write_text(text))
+        config = {"format": FORMAT, "autoencoder": asdict(self.config), "quantizer": self.quantizer.spec}
+        text = json.dumps(config, indent=2) + "\n"
+        # safetensors refuses tensors that share memory, which tied parameters do: each gets a copy of its own.
+        state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.state_dict().items()}
+        _replace_file(folder / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
+        _replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        return folder
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, quantizer: Quantizer | None = None) -> Tokenizer:
-        """Reads what `save_pretrained` wrote.
+    def from_pretrained(cls, folder: str | os.PathLike[str], quantizer: Quantizer | None = None) -> "Tokenizer":
+        """Read what `save_pretrained` wrote, on the CPU, in evaluation mode.
 
         Args:
-            folder: The folder.
-            quantizer: A quantizer of the saved shape; needed only where the saved one was not built by name.
+            folder: holds `model.safetensors` and `config.json`.
+            quantizer: takes the weights of the saved quantizer; built from the saved specification if None.
 
         Raises:
-            ValueError: The folder holds no such tokenizer, or the weights do not fit.
+            ValueError: a file is missing or unreadable, the quantizer is not one of this package's and none was given,
+                or the weights do not fit.
         """
         folder = Path(folder)
-        description = _read_description(folder)
-        config = AutoencoderConfig(**description["autoencoder"])
-        tokenizer = cls.build(config, quantizer or _saved_quantizer(description, folder))
-        try:
-            weights = load_file(folder / "model.safetensors")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{folder}/model.safetensors cannot be read ({error}): save the tokenizer anew") from error
-        _check_fit(tokenizer.state_dict(), weights, folder)
-        tokenizer.load_state_dict(weights)
-        return tokenizer
+        config = _read_config(folder)
+        if quantizer is None:
+            quantizer = _build_quantizer(config.get("quantizer"), folder)
+        tokenizer = cls.build(AutoencoderConfig(**config["autoencoder"]), quantizer)
+        state = _read_weights(folder)
+        _check_fit(tokenizer.state_dict(), state, folder)
+        tokenizer.load_state_dict(state)
+        return tokenizer.eval()
+
+    def _check(self, images: Tensor) -> None:
+        shape = tuple(images.shape)
+        if not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}, but a tokenizer takes floats in [-1, 1]: use x / 127.5 - 1.")
+        channels = self.encoder.conv_in.in_channels
+        if images.dim() != 4 or shape[1] != channels:
+            raise ValueError(f"images have shape {shape}, but a tokenizer takes (B, {channels}, H, W).")
+        if shape[2] % self.downsampling or shape[3] % self.downsampling or 0 in shape[2:]:
+            raise ValueError(
+                f"images are {shape[2]}x{shape[3]}, but both sides must be multiples of the downsampling "
+                f"{self.downsampling}: crop or resize them."
+            )
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def _replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write through a temporary name, so that no reader ever sees half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -166,35 +205,67 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}: give a folder written by save_pretrained.")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} holds no {name}: give a folder written by save_pretrained.")
+    path = folder / CONFIG_FILE
     try:
-        description = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} holds no saved tokenizer ({error}): give a folder of save_pretrained") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise ValueError(f"{path} is no description of a steadyvq tokenizer: give a folder of save_pretrained")
-    return description
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): save the tokenizer again.") from None
+    if not isinstance(config, dict) or not isinstance(config.get("autoencoder"), dict):
+        raise ValueError(f"{path} names no autoencoder: give a folder written by Tokenizer.save_pretrained.")
+    if config.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has format {config.get('format')!r}, but this version of steadyvq reads format {FORMAT}: "
+            "use the version that wrote it, or a newer one."
+        )
+    _check_size_keys(config["autoencoder"], path)
+    return config
 
 
-def _saved_quantizer(description: Mapping[str, Any], folder: Path) -> Quantizer:
-    # The registry stands above this module; it is needed here alone, to build what a file names.
+def _check_size_keys(size: Mapping[str, Any], path: Path) -> None:
+    known = AutoencoderConfig.__dataclass_fields__
+    wrong = sorted(set(size) ^ set(known))
+    if wrong:
+        raise ValueError(f"{path}: the autoencoder's keys must be {', '.join(known)}, but {wrong[0]!r} is not right.")
+
+
+def _build_quantizer(spec: Any, folder: Path) -> Quantizer:
+    """Build a registered quantizer; a method that lives in a user's file is never executed from here."""
+    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+        raise ValueError(f"{folder / CONFIG_FILE} does not say how its quantizer was built: pass quantizer=...")
+    if ".py" in spec["name"]:
+        raise ValueError(
+            f"the quantizer of {folder} comes from the file {spec['name']!r}, which is not run when a tokenizer is "
+            "read: build the quantizer yourself and pass quantizer=..."
+        )
+    # The library half of this package imports the methods only where one is asked for by name.
     from steadyvq.quantizers import build_quantizer
 
-    spec = dict(description["quantizer"] or {})
-    name = spec.pop("name", None)
-    if name is None or ".py:" in name:
-        raise ValueError(
-            f"the tokenizer in {folder} has a quantizer of its own ({name or 'built by hand'}): pass quantizer="
-        )
-    return build_quantizer(name, **spec)
+    quantizer: Quantizer = build_quantizer(**spec)
+    return quantizer
 
 
-def _check_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], folder: Path) -> None:
-    wrong = sorted({*own} ^ {*weights})
-    wrong += sorted(name for name in {*own} & {*weights} if own[name].shape != weights[name].shape)
-    if wrong:
-        raise ValueError(
-            f"the weights in {folder} do not fit this tokenizer at {', '.join(wrong[:3])}"
-            f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}: load them with the quantizer they were saved with"
-        )
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS_FILE
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}): copy or save it again.") from None
+
+
+def _check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise ValueError unless names and shapes agree, naming the first few that do not."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not expected" for name in found if name not in expected]
+    for name in expected.keys() & found.keys():
+        if expected[name].shape != found[name].shape:
+            problems.append(f"{name} is {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}")
+    if problems:
+        shown = "; ".join(sorted(problems)[:_NAMES_IN_AN_ERROR])
+        more = f"; and {len(problems) - _NAMES_IN_AN_ERROR} more" if len(problems) > _NAMES_IN_AN_ERROR else ""
+        raise ValueError(f"the weights in {folder} do not fit this tokenizer: {shown}{more}.")

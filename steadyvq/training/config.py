@@ -30,6 +30,7 @@ class DataConfig:
         epoch_samples: Crops in one epoch.
         max_side: Photographs are shrunk to this longer side when they are loaded (pixels; None: left as they are).
         eval_crops: Held-out crops of an evaluation.
+        eval_split: The held-out photographs: `val`, or `test` (mvtb only) for settings that were chosen on `val`.
     """
 
     source: str = "mvtb"
@@ -39,6 +40,7 @@ class DataConfig:
     epoch_samples: int = 1600
     max_side: int | None = 1024
     eval_crops: int = 320
+    eval_split: Literal["val", "test"] = "val"
 
 
 @dataclass(frozen=True)

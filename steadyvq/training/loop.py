@@ -82,10 +82,11 @@ class Engine:
         task: What is trained.
         run: Where it leaves its traces; `run.config` says how long, how fast, how often.
         resume: Continue from the newest checkpoint of the folder.
+        quiet: Show no progress.
     """
 
-    def __init__(self, task: Task, run: RunFolder, *, resume: bool = False) -> None:
-        self.task, self.run, self.config = task, run, run.config
+    def __init__(self, task: Task, run: RunFolder, *, resume: bool = False, quiet: bool = False) -> None:
+        self.task, self.run, self.config, self.quiet = task, run, run.config, quiet
         self.fabric = Fabric(accelerator="auto", devices=1, precision=self.config.precision)
         self.model = self.fabric.setup_module(task.module)
         self.optimizers: dict[str, Any] = {
@@ -121,7 +122,7 @@ class Engine:
             self._log_stage()
         previous = self._catch_signals()
         try:
-            with ProgressReport(label, self.total_steps, self.step) as progress:
+            with ProgressReport(label, self.total_steps, self.step, quiet=self.quiet) as progress:
                 while self.step < self.total_steps:
                     self._train_step()
                     self.seconds = time.monotonic() - started

@@ -17,15 +17,16 @@ class ProgressReport:
         total: Steps in all.
         done: Steps done before (a resumed run).
         every: Seconds between plain lines when the output is no terminal.
+        quiet: Show nothing.
     """
 
-    def __init__(self, label: str, total: int, done: int = 0, every: float = 10.0) -> None:
-        self.label, self.total, self.done, self.every = label, total, done, every
+    def __init__(self, label: str, total: int, done: int = 0, every: float = 10.0, quiet: bool = False) -> None:
+        self.label, self.total, self.done, self.every, self.quiet = label, total, done, every, quiet
         self._start_done = done
         self._start = self._last = time.monotonic()
         self._console = Console(file=sys.stderr)
         self._bar: Progress | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not quiet:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -67,5 +68,5 @@ class ProgressReport:
         """A line of its own, above the bar."""
         if self._bar:
             self._bar.console.print(line, highlight=False)
-        else:
+        elif not self.quiet:
             print(line, file=sys.stderr, flush=True)

@@ -85,7 +85,7 @@ def nsvq_stages(
     *,
     warmup_epochs: int = 1,
     estimator: str | None = None,
-    ramp_epochs: float = 2,
+    ramp_epochs: float = 2.0,
 ) -> tuple[Stage, ...]:
     """The three stages of NSVQ: joint, warmup, refine.
 

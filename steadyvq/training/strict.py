@@ -3,8 +3,7 @@
 
 import dataclasses
 import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -135,7 +134,7 @@ def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def assignments(pairs: typing.Sequence[str]) -> dict[str, Any]:
+def assignments(pairs: Sequence[str]) -> dict[str, Any]:
     """`["optim.lr=1e-3", "data.crop_size=64"]` as a nested mapping; values are YAML."""
     nested: dict[str, Any] = {}
     for pair in pairs:

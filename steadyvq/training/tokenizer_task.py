@@ -62,7 +62,7 @@ class TokenizerTask(Task):
         self.train_crops = CropDataset(
             photographs.split("train"), data.crop_size, data.epoch_samples, config.seed, scales, data.flip
         )
-        self.val_crops = EvaluationCrops(photographs.split("val"), data.crop_size, data.eval_crops)
+        self.val_crops = EvaluationCrops(photographs.split(data.eval_split), data.crop_size, data.eval_crops)
         self.probe = Probe()
         self.schedule: Schedule | None = None
 

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Photo collections: a folder of the user's pictures, or the built-in photographs, decoded and split by photograph."""
+
+import difflib
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from steadyvq.data.decode import decode_image
+from steadyvq.data.mvtb import mvtb_files
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+"""File name endings, in any letter case, that make a file a candidate."""
+
+_SINGLE = "val (= train: there is only one photograph)"
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Decoded photographs with their names and their splits.
+
+    Attributes:
+        data: Where they come from, as the user named it: ``"mvtb"`` or a folder.
+        names: One name per photograph: its path relative to the folder, with forward slashes.
+        images: One 8-bit RGB tensor per photograph, each (3, H, W) of its own size.
+        splits: The split of each photograph: ``"train"``, ``"val"`` or ``"test"``.
+        skipped: (path, reason) for each file that could not be read.
+        split_label: Which split this collection is, in the words a record should use; ``"all"`` for every photograph.
+    """
+
+    data: str
+    names: tuple[str, ...]
+    images: tuple[UInt8[Tensor, "3 _ _"], ...] = field(repr=False)
+    splits: tuple[str, ...]
+    skipped: list[tuple[str, str]]
+    split_label: str = "all"
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def split(self, name: str) -> "Collection":
+        """Return the photographs of one split (they share memory with this collection).
+
+        Args:
+            name: ``"train"``, ``"val"``, ``"test"`` (the built-in photographs only), or ``"all"``. With a single
+                photograph, ``"val"`` is that photograph and ``split_label`` says so.
+
+        Raises:
+            ValueError: There is no such split here.
+        """
+        if name == "all":
+            return self
+        if name == "val" and len(self) == 1 and self.splits == ("train",):
+            return replace(self, split_label=_SINGLE)
+        chosen = [i for i, split in enumerate(self.splits) if split == name]
+        if not chosen:
+            raise ValueError(self._no_split(name))
+        return replace(
+            self,
+            names=tuple(self.names[i] for i in chosen),
+            images=tuple(self.images[i] for i in chosen),
+            splits=(name,) * len(chosen),
+            split_label=name,
+        )
+
+    def _no_split(self, name: str) -> str:
+        known = [*sorted(set(self.splits)), "all"]
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        return f"{self.data!r} has no split {name!r}{hint}: use one of {', '.join(known)}"
+
+
+def load_collection(
+    data: str | Path,
+    min_side: int = 1,
+    max_side: int | None = None,
+    val_fraction: float = 0.1,
+    max_bytes: int = 8 << 30,
+) -> Collection:
+    """Decode every photograph of a source into memory.
+
+    A folder is read recursively, in the order of the relative paths; its photographs are split into train and val by
+    a hash of the relative path, so adding a file never moves another. Files that cannot be read are skipped and
+    listed.
+
+    Args:
+        data: ``"mvtb"`` for the built-in photographs (split by scene into train, val and test), or a folder.
+        min_side: Shorter side in pixels that every photograph must have, normally the crop size; smaller ones are
+            enlarged.
+        max_side: Longer side in pixels to which larger photographs are shrunk; None keeps them.
+        val_fraction: Expected fraction of a folder's photographs held out, at least one of two or more.
+        max_bytes: Memory the decoded photographs may take.
+
+    Raises:
+        ValueError: The folder is missing or holds no readable image, the package of the built-in photographs is
+            not installed, or the photographs need more memory than ``max_bytes``.
+    """
+    if str(data) == "mvtb":
+        entries = mvtb_files()
+        names, images, skipped = _read(
+            ((name, path) for name, path, _ in entries), str(data), min_side, max_side, max_bytes
+        )
+        split_of = {name: split for name, _, split in entries}
+        return Collection(str(data), names, images, tuple(split_of[name] for name in names), skipped)
+    folder = _existing_folder(data)
+    paths = _image_paths(folder)
+    if not paths:
+        raise ValueError(f"the folder {str(data)!r} has no images: put .png, .jpg or .webp files in it")
+    names, images, skipped = _read(paths, str(data), min_side, max_side, max_bytes)
+    return Collection(str(data), names, images, split_by_name(names, val_fraction), skipped)
+
+
+def _existing_folder(data: str | Path) -> Path:
+    folder = Path(data)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{str(data)!r} is a file, not a folder: give the folder that holds the images")
+    raise ValueError(
+        f"no folder {str(data)!r}: give an existing folder and put .png, .jpg or .webp files in it, "
+        "or give 'mvtb' for the built-in photographs"
+    )
+
+
+def _image_paths(folder: Path) -> list[tuple[str, Path]]:
+    """Return (relative name, path) of every candidate below the folder, sorted by name."""
+    found = []
+    visited: set[str] = set()
+    # Data sets are often assembled from links to other disks; the set of visited folders stops a link to a parent.
+    for root, below, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in visited:
+            below.clear()
+            continue
+        visited.add(real)
+        found += [Path(root, file) for file in files if file.lower().endswith(SUFFIXES)]
+    return sorted((path.relative_to(folder).as_posix(), path) for path in found)
+
+
+def _read(
+    paths: Iterable[tuple[str, Path]], data: str, min_side: int, max_side: int | None, max_bytes: int
+) -> tuple[tuple[str, ...], tuple[Tensor, ...], list[tuple[str, str]]]:
+    names: list[str] = []
+    images: list[Tensor] = []
+    skipped: list[tuple[str, str]] = []
+    used = 0
+    for name, path in paths:
+        try:
+            image = decode_image(path, min_side, max_side)
+        except ValueError as error:
+            skipped.append((str(path), str(error)))
+            continue
+        used += image.numel()
+        if used > max_bytes:
+            raise ValueError(
+                f"the photographs of {data!r} need more than {max_bytes / 2**30:.3g} GiB of memory once decoded "
+                f"(reached at photograph {len(names) + 1}): shrink them with max_side, or use fewer"
+            )
+        names.append(name)
+        images.append(image)
+    if not images:
+        raise ValueError(
+            f"none of the {len(skipped)} images in {data!r} could be read (the first: {skipped[0][1]}): "
+            "put readable .png, .jpg or .webp files in it"
+        )
+    return tuple(names), tuple(images), skipped
+
+
+def split_by_name(names: Sequence[str], val_fraction: float) -> tuple[str, ...]:
+    """Assign each photograph to train or val by a hash of its name alone.
+
+    Args:
+        names: Relative paths.
+        val_fraction: Expected fraction in val; of two or more photographs at least one is in val and one in train.
+    """
+    keys = [_unit_hash(name) for name in names]
+    held_out = {key for key in keys if key < val_fraction}
+    if len(names) == 1:
+        held_out = set()
+    elif not held_out:
+        held_out = {min(keys)}
+    elif len(held_out) == len(names):
+        held_out.remove(max(keys))
+    return tuple("val" if key in held_out else "train" for key in keys)
+
+
+def _unit_hash(name: str) -> float:
+    """Map a name to [0, 1), evenly and the same on every machine."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:6], "big") / 2**48

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures that can be trusted: code usage, image quality, encoder drift, and records with provenance."""
+
+from steadyvq.metrics.drift import Probe, assignment_churn, encoder_drift, relative_quantisation_error
+from steadyvq.metrics.image import Estimate, ImageQuality, QualityReport, estimate, psnr, ssim, to_uint8
+from steadyvq.metrics.record import EvaluationRecord, read_record, write_record
+from steadyvq.metrics.usage import UsageMeter, UsageReport, uniform_utilization
+
+__all__ = [
+    "Estimate",
+    "EvaluationRecord",
+    "ImageQuality",
+    "Probe",
+    "QualityReport",
+    "UsageMeter",
+    "UsageReport",
+    "assignment_churn",
+    "encoder_drift",
+    "estimate",
+    "psnr",
+    "read_record",
+    "relative_quantisation_error",
+    "ssim",
+    "to_uint8",
+    "uniform_utilization",
+    "write_record",
+]
