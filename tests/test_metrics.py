@@ -89,7 +89,7 @@ def test_merged_meters_equal_the_meter_of_the_union(tokens: np.ndarray, cut: int
 
 
 def test_ceiling_keeps_its_digits() -> None:
-    assert uniform_utilization(2**40, 1) == pytest.approx(2**-40, rel=1e-12)
+    assert uniform_utilization(3 * 10**9, 1) == pytest.approx(1 / (3 * 10**9), rel=1e-12, abs=0)
     assert uniform_utilization(10, 0) == 0.0
     assert (uniform_utilization(1, 0), uniform_utilization(1, 5)) == (0.0, 1.0)
     assert uniform_utilization(4, 2) == pytest.approx(1 - 0.75**2)
@@ -351,7 +351,11 @@ def test_failed_write_keeps_the_old_record(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_record(path, record(psnr=object()))
     assert read_record(path) == record(psnr=1.0)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["eval.json"]
+    # A folder in the way lets the last step fail, after the temporary file is written.
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        write_record(tmp_path / "taken", record(psnr=1.0))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["eval.json", "taken"]
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:

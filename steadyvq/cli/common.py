@@ -45,7 +45,7 @@ def open_tokenizer(path: Path, quantizer: str | None) -> tuple[Tokenizer, RunCon
         if not run.tokenizer.is_dir():
             raise ValueError(f"{path} has saved no tokenizer yet: let it train to its first evaluation")
         settings = run.config.quantizer
-        own = quantizer or (settings.name if ".py:" in settings.name else None)
+        own = quantizer or (settings.name if ":" in settings.name else None)
         built = None
         if own:
             options = {**settings.options, "channel_axis": 1}

@@ -238,7 +238,7 @@ def _build_quantizer(spec: Any, folder: Path) -> Quantizer:
     """Build a registered quantizer; a method that lives in a user's file is never executed from here."""
     if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
         raise ValueError(f"{folder / CONFIG_FILE} does not say how its quantizer was built: pass quantizer=...")
-    if ".py" in spec["name"]:
+    if ":" in spec["name"]:
         raise ValueError(
             f"the quantizer of {folder} comes from the file {spec['name']!r}, which is not run when a tokenizer is "
             "read: build the quantizer yourself and pass quantizer=..."

@@ -7,10 +7,12 @@ import importlib
 import importlib.util
 import json
 import pkgutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from steadyvq.quantizers.base import Quantizer
@@ -74,8 +76,8 @@ def build_quantizer(name: str, *, num_codes: int, dim: int, **overrides: Any) ->
     """Builds a quantizer.
 
     Args:
-        name: A registered method (`list_quantizers()`), or `path/to/file.py:function` for your own: a function
-            `(num_codes, dim, **overrides) -> Quantizer`.
+        name: A registered method (`list_quantizers()`), or `path/to/file.py:function` or `package.module:function` for
+            your own: a function `(num_codes, dim, **overrides) -> Quantizer`.
         num_codes: K, the number of codes.
         dim: d, the size of the latents along the feature axis.
         **overrides: `channel_axis` (default -1, the last; 1 for images, audio, video), `seed`, and the parts of the
@@ -85,7 +87,7 @@ def build_quantizer(name: str, *, num_codes: int, dim: int, **overrides: Any) ->
     Raises:
         ValueError: Unknown names or values that cannot work, with the nearest known name.
     """
-    build = _from_file(name) if ".py:" in name else look_up("quantizer", name, methods()).build
+    build = _own(name) if ":" in name else look_up("quantizer", name, methods()).build
     quantizer = build(num_codes, dim, **overrides)
     if not isinstance(quantizer, Quantizer):
         raise ValueError(f"{name} returned a {type(quantizer).__name__}, but it must return a steadyvq.Quantizer")
@@ -103,20 +105,26 @@ def _spec(name: str, num_codes: int, dim: int, overrides: dict[str, Any]) -> dic
     return spec
 
 
-def _from_file(name: str) -> Builder:
-    """The function that `file.py:function` names."""
-    file, _, function = name.rpartition(":")
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise ValueError(f"quantizer {name!r}: there is no file {file}; give path/to/file.py:function")
-    module_spec = importlib.util.spec_from_file_location(f"steadyvq_user_{path.stem}", path)
-    if module_spec is None or module_spec.loader is None:
-        raise ValueError(f"quantizer {name!r}: {file} cannot be imported as Python")
-    module = importlib.util.module_from_spec(module_spec)
+def _own(name: str) -> Builder:
+    """The function that `file.py:function` or `package.module:function` names."""
+    where, _, function = name.rpartition(":")
     try:
-        module_spec.loader.exec_module(module)
+        module = _load_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
+    except FileNotFoundError as error:
+        raise ValueError(f"quantizer {name!r}: there is no file {where}; give path/to/file.py:function") from error
     except Exception as error:
-        raise ValueError(f"quantizer {name!r}: importing {file} failed with {type(error).__name__}: {error}") from error
+        raise ValueError(f"quantizer {name!r}: importing {where} failed with {type(error).__name__}: {error}") from error
     functions = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
-    builder: Builder = look_up(f"function in {path.name}", function, functions)
+    builder: Builder = look_up(f"function in {where}", function, functions)
     return builder
+
+
+def _load_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"steadyvq_user_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickling look a class's module up by name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

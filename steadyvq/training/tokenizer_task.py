@@ -27,9 +27,10 @@ OBJECTIVE = "tokenizer"
 def build_tokenizer(config: RunConfig) -> Tokenizer:
     """The tokenizer of a configuration, initialised from its seed."""
     settings = config.quantizer
-    options = {"seed": config.seed, **settings.options, "channel_axis": 1}
-    if ".py:" in settings.name:
-        options = {**settings.options, "channel_axis": 1}
+    options = {**settings.options, "channel_axis": 1}
+    if ":" not in settings.name:
+        # A function of the user's own takes what the configuration names and no more.
+        options = {"seed": config.seed, **options}
     quantizer = build_quantizer(settings.name, num_codes=settings.num_codes, dim=settings.dim, **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

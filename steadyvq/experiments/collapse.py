@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does the non-stationary loss keep a codebook alive? Several arms, several seeds, one budget, one code path.
+
+    python -m steadyvq.experiments.collapse --out runs/collapse --evidence docs/evidence/collapse.json
+
+The arms are in `recipes/collapse.yaml`. Settings were chosen on the `val` scenes of mvtb-data; this judges on the `test`
+scenes. Finished runs are kept, so an interrupted experiment goes on where it was. Every run exports what a stranger needs
+to recompute its numbers with numpy alone (`recheck.py`), and the evidence holds both.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+
+import steadyvq
+from steadyvq.data import EvaluationCrops
+from steadyvq.experiments.arms import Arm, arm_configs, train_arms
+from steadyvq.metrics import to_uint8
+from steadyvq.models import Tokenizer
+from steadyvq.training.run import RunFolder, write_atomically, write_text
+from steadyvq.training.tokenizer_task import load_photographs
+
+RECIPE = "collapse"
+REPORTED = ("psnr", "ssim", "utilization", "of_ceiling", "perplexity", "relative_error")
+
+
+def jobs(out: Path, seeds: list[int], arms: list[str] | None, sets: list[str]) -> list[Arm]:
+    """All runs of the experiment, seed by seed."""
+    return [
+        Arm(config, out / f"{config.title}-{seed}", f"python -m steadyvq.experiments.collapse --seeds {seed}")
+        for seed in seeds
+        for config in arm_configs(RECIPE, arms, {"seed": seed}, sets)
+    ]
+
+
+def is_done(run: Path) -> bool:
+    """Whether a run has finished."""
+    info = run / "run.json"
+    return info.is_file() and json.loads(info.read_text())["status"] == "done"
+
+
+@torch.no_grad()
+def export(run: RunFolder) -> Path:
+    """Writes latents, tokens, codes, images and reconstructions of the run's held-out crops as plain arrays."""
+    config = run.config
+    crops = EvaluationCrops(
+        load_photographs(config).split(config.data.eval_split), config.data.crop_size, config.data.eval_crops
+    )
+    quantizer = steadyvq.build_quantizer(
+        config.quantizer.name,
+        num_codes=config.quantizer.num_codes,
+        dim=config.quantizer.dim,
+        **{**config.quantizer.options, "channel_axis": 1},
+    )
+    tokenizer = Tokenizer.from_pretrained(run.tokenizer, quantizer=quantizer).eval()
+    latents, tokens, images = [], [], []
+    for batch in crops.batches(32):
+        latents.append(tokenizer.latents(batch).movedim(1, -1))
+        tokens.append(tokenizer.encode(batch))
+        images.append(to_uint8(tokenizer.decode(tokens[-1])))
+    arrays = {
+        "latents": torch.cat(latents).numpy(),
+        "tokens": torch.cat(tokens).numpy(),
+        "codes": tokenizer.quantizer.codebook().numpy(),
+        "originals": crops.images.numpy(),
+        "reconstructions": torch.cat(images).numpy(),
+    }
+    path = run.path / "export.npz"
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    write_atomically(path, write)
+    return path
+
+
+def recheck(path: Path) -> dict[str, float]:
+    """The numbers of a run recomputed in a fresh process that imports numpy and nothing of ours."""
+    script = Path(__file__).with_name("recheck.py")
+    done = subprocess.run([sys.executable, "-I", str(script), str(path)], capture_output=True, text=True, check=True)
+    numbers: dict[str, float] = json.loads(done.stdout)
+    return numbers
+
+
+def result(arm: Arm) -> dict[str, Any]:
+    """The final evaluation of a run, with its recheck."""
+    run = RunFolder.open(arm.path)
+    record = json.loads(max((arm.path / "evaluations").glob("step-*.json")).read_text())
+    metrics = {**record["metrics"], "of_ceiling": record["metrics"]["utilization"] / record["metrics"]["ceiling"]}
+    info = json.loads((arm.path / "run.json").read_text())
+    return {
+        "arm": run.config.title,
+        "seed": run.config.seed,
+        "config_hash": run.config.hash(),
+        "tokens": metrics["tokens"],
+        "num_codes": metrics["num_codes"],
+        "seconds": info["seconds"],
+        **{name: round(metrics[name], 5) for name in REPORTED},
+        "recheck": recheck(export(run)),
+    }
+
+
+def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and spread over seeds of every arm, in the order of the recipe."""
+    rows = []
+    for arm in dict.fromkeys(item["arm"] for item in results):
+        own = [item for item in results if item["arm"] == arm]
+        row: dict[str, Any] = {"arm": arm, "seeds": len(own)}
+        for name in (*REPORTED, "seconds"):
+            values = [item[name] for item in own]
+            row[name] = round(mean(values), 4)
+            row[f"{name}_spread"] = round(stdev(values), 4) if len(values) > 1 else None
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Runs the experiment and writes its evidence."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/collapse"))
+    parser.add_argument("--evidence", type=Path, default=Path("docs/evidence/collapse.json"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+")
+    parser.add_argument("--set", action="append", default=[])
+    arguments = parser.parse_args()
+    wanted = jobs(arguments.out, arguments.seeds, arguments.arms, arguments.set)
+    train_arms([arm for arm in wanted if not is_done(arm.path)])
+    results = [result(arm) for arm in wanted]
+    evidence = {
+        "experiment": "collapse",
+        "steadyvq": steadyvq.__version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "data": "mvtb-data: train on the train scenes, settings chosen on val, judged on test",
+        "summary": summarise(results),
+        "runs": results,
+    }
+    write_text(arguments.evidence, json.dumps(evidence, indent=1) + "\n")
+    for row in evidence["summary"]:
+        print(f"{row['arm']:24s} {row['psnr']:6.2f} dB  {row['of_ceiling']:6.1%} of the ceiling  {row['perplexity']:7.1f}")
+
+
+def _commit() -> str:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

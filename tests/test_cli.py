@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as a user meets it: whole commands in processes, and every refusal in one to three lines."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import tiny_recipe
+from PIL import Image
+
+import steadyvq
+
+pytestmark = pytest.mark.slow
+
+HALF_VQ = """
+from steadyvq.quantizers import compose
+
+def half_vq(num_codes, dim, **overrides):
+    return compose(num_codes, dim, {"losses": {"commitment": 0.5, "codebook": 0.5}}, overrides)
+
+def not_a_quantizer(num_codes, dim, **overrides):
+    return None
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    """A run of the tiny recipe through the command line, and its folder."""
+    import os
+    import subprocess
+    import sys
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe(photos)))
+    done = subprocess.run(
+        [sys.executable, "-m", "steadyvq", "train", "tiny.yaml", "--out", "run"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_train_shows_progress_a_table_and_a_report(trained):
+    folder, done = trained
+    assert "12/12" in done.stderr
+    assert "0 s left" in done.stderr
+    assert "PSNR" in done.stdout
+    page = (folder / "run" / "report.html").read_text()
+    assert "<svg" in page
+    assert "data:image/png;base64," in page
+    for name in ("config.yaml", "run.json", "log.jsonl", "usage.json"):
+        assert (folder / "run" / name).stat().st_size > 0
+    assert not list((folder / "run").rglob("*.tmp*"))
+
+
+def test_eval_encode_decode(trained, photos, steadyvq_command, tmp_path):
+    run = trained[0] / "run"
+    done = steadyvq_command("eval", run, "--out", "record.json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "record.json").read_text())
+    saved = json.loads(sorted((run / "evaluations").glob("step-*.json"))[-1].read_text())
+    assert record["metrics"] == saved["metrics"], "a fresh process measures what training measured"
+    assert record["pixels_hash"] == saved["pixels_hash"]
+
+    done = steadyvq_command("encode", run, "--data", photos, "--out", "tokens.npz")
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "tokens.npz") as file:
+        tokens, names = file["tokens"], file["names"]
+    assert tokens.shape == (8, 8, 8)
+    assert len(names) == 8
+    done = steadyvq_command("decode", run, "tokens.npz", "--out", "decoded")
+    assert done.returncode == 0, done.stderr
+    files = sorted((tmp_path / "decoded").iterdir())
+    assert len(files) == 8
+    tokenizer = steadyvq.Tokenizer.from_pretrained(run / "tokenizer").eval()
+    image = tokenizer.decode(torch.from_numpy(tokens[:1].astype(np.int64)))[0]
+    expected = ((image + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    assert np.abs(np.asarray(Image.open(files[0])).astype(int) - expected).max() <= 1
+
+
+def test_a_quantizer_in_one_file_trains(tiny, steadyvq_command, tmp_path):
+    (tmp_path / "my_file.py").write_text(HALF_VQ)
+    done = steadyvq_command("train", tiny, "--quantizer", "my_file.py:half_vq", "--out", "mine")
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "mine" / "log.jsonl").read_text().splitlines()[1])
+    weighted = 0.5 * (row["loss/commitment"] + row["loss/codebook"])
+    assert row["loss"] == pytest.approx(row["loss/reconstruction"] + weighted, rel=1e-5)
+    assert "loss/ns" not in row
+    done = steadyvq_command("eval", "mine")
+    assert done.returncode == 0, done.stderr
+
+
+def test_list_report_dry_run_and_version(trained, steadyvq_command, tmp_path):
+    done = steadyvq_command("list")
+    assert all(name in done.stdout for name in steadyvq.list_quantizers())
+    assert "quickstart" in steadyvq_command("list", "recipes").stdout
+    assert steadyvq.__version__ in steadyvq_command("--version").stdout
+    done = steadyvq_command("report", trained[0] / "run", "--out", "page.html")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+    done = steadyvq_command("train", "quickstart", "--dry-run", "--set", "optim.lr=3e-4", "--data", "mvtb")
+    assert yaml.safe_load(done.stdout)["optim"]["lr"] == 3e-4
+    assert not (tmp_path / "runs").exists()
+
+
+def test_some_corrupt_files_are_skipped_listed_and_counted(photos, steadyvq_command, tmp_path):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(photos, mixed)
+    (mixed / "broken.jpg").write_bytes(b"\xff\xd8\xff not a photograph")
+    (mixed / "empty.png").touch()
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tiny_recipe(mixed)))
+    done = steadyvq_command("train", "r.yaml", "--out", "run")
+    assert done.returncode == 0, done.stderr
+    assert "2 files skipped" in done.stderr
+    assert "broken.jpg" in done.stderr
+    assert "empty.png" in done.stderr
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def bad_inputs(folder: Path, photos: Path, run: Path) -> dict[str, tuple[list[object], str]]:
+    """name -> (arguments, what the message must hold)."""
+    (folder / "empty").mkdir()
+    corrupt = folder / "corrupt"
+    corrupt.mkdir()
+    for i in range(3):
+        (corrupt / f"{i}.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    (folder / "r.yaml").write_text(yaml.safe_dump(tiny_recipe(photos)))
+    (folder / "typo.yaml").write_text("epocs: 3\n")
+    (folder / "my_file.py").write_text(HALF_VQ)
+    (folder / "tokens.npz").write_bytes(b"nonsense")
+    shutil.copytree(run, folder / "other")
+    config = yaml.safe_load((folder / "other" / "config.yaml").read_text())
+    config["optim"]["lr"] = 0.5
+    (folder / "other" / "config.yaml").write_text(yaml.safe_dump(config))
+    train = ["train", "r.yaml", "--out", "out"]
+    return {
+        "missing folder": ([*train, "--data", "nowhere"], "nowhere"),
+        "empty folder": ([*train, "--data", "empty"], "put .png, .jpg or .webp files in it"),
+        "all corrupt": ([*train, "--data", "corrupt"], "3"),
+        "wrong feature dimension": ([*train, "--set", "quantizer.dim=0"], "dim is 0"),
+        "no codes": ([*train, "--set", "quantizer.num_codes=0"], "num_codes is 0"),
+        "negative codes": ([*train, "--set", "quantizer.num_codes=-5"], "num_codes is -5"),
+        "unknown quantizer": ([*train, "--quantizer", "nsqv"], "did you mean 'nsvq'"),
+        "unknown recipe": (["train", "quikstart", "--out", "out"], "did you mean 'quickstart'"),
+        "unknown command": (["trian", "r.yaml"], "train"),
+        "unknown flag": ([*train, "--sett", "a=1"], "did you mean --set"),
+        "unknown demo arm": (["demo", "--arms", "nsvk", "--out", "out"], "did you mean 'nsvq'"),
+        "misspelt key": ([*train, "--set", "optim.lrr=1"], "did you mean 'lr'"),
+        "misspelt key in a recipe": (["train", "typo.yaml", "--out", "out"], "did you mean 'epochs'"),
+        "misspelt option of a quantizer": ([*train, "--set", "quantizer.options.losses.nss=1"], "did you mean 'ns'"),
+        "wrong type": ([*train, "--set", "epochs=many"], "it needs an integer"),
+        "unknown key of a stage": ([*train, "--set", "stages=[{name: a, untill: {}}]"], "did you mean 'until'"),
+        "unknown frozen part": ([*train, "--set", "stages=[{name: a, frozen: [encodr]}]"], "freezes 'encodr'"),
+        "no recipe": (["train"], "no recipe given"),
+        "checkpoint of another config": (["train", "--resume", "other"], "another configuration (differs in optim.lr)"),
+        "resume with another setting": (["train", "--resume", run, "--set", "seed=7"], "differs in seed"),
+        "resume of nothing": (["train", "--resume", "empty"], "holds no run"),
+        "folder that holds a run": (["train", "r.yaml", "--out", run], "already holds a run"),
+        "output that is a file": (["train", "r.yaml", "--out", "r.yaml"], "is a file"),
+        "quantizer file missing": ([*train, "--quantizer", "no.py:f"], "there is no file no.py"),
+        "quantizer function missing": ([*train, "--quantizer", "my_file.py:half"], "did you mean 'half_vq'"),
+        "function that builds nothing": ([*train, "--quantizer", "my_file.py:not_a_quantizer"], "must return"),
+        "eval of nothing": (["eval", "empty"], "empty"),
+        "eval of an unknown split": (["eval", run, "--split", "tset"], "tset"),
+        "eval of a size that does not fit": (["eval", run, "--crop", "17"], "multiple"),
+        "encode without photographs": (["encode", run, "--data", "empty", "--out", "t.npz"], "put .png"),
+        "tokens that are none": (["decode", run, "tokens.npz", "--out", "d"], "cannot be read as tokens"),
+        "report of nothing": (["report", "empty"], "log.jsonl"),
+    }
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory, photos, trained):
+    folder = tmp_path_factory.mktemp("bad")
+    return folder, bad_inputs(folder, photos, trained[0] / "run")
+
+
+def test_bad_input_is_refused_in_one_to_three_lines(bad, steadyvq_command, trained):
+    folder, cases = bad
+    before, run_before = tree(folder), tree(trained[0])
+    wrong = []
+    for name, (arguments, needed) in cases.items():
+        done = steadyvq_command(*arguments, cwd=folder)
+        lines = done.stderr.strip().splitlines()
+        clear = done.returncode == 2 and 1 <= len(lines) <= 3 and needed in done.stderr and "Traceback" not in done.stderr
+        if not clear:
+            wrong.append((name, done.returncode, done.stderr[-600:]))
+    assert not wrong
+    assert tree(folder) == before, "nothing was written"
+    assert tree(trained[0]) == run_before
