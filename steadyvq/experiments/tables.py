@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of README and docs, made from the code and from checked-in evidence, so that they cannot drift apart.
+
+    python -m steadyvq.experiments.tables            check; exit code 1 where a table differs
+    python -m steadyvq.experiments.tables --write    bring them up to date
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from steadyvq.quantizers import methods
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown; the first column is text, the others are numbers."""
+    rule = ["---"] + ["---:" if _numeric(column) else "---" for column in list(zip(*rows, strict=True))[1:]]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [head, rule, *rows])
+
+
+def _numeric(column: tuple[str, ...]) -> bool:
+    return all(cell[:1].isdigit() or cell[:1] in "-*" for cell in column)
+
+
+def method_table() -> str:
+    """Every registered method: name, what it is, paper."""
+    return markdown(["name", "what it is", "paper"], [[f"`{m.name}`", m.summary, m.paper] for m in methods().values()])
+
+
+def evidence(name: str) -> dict[str, Any]:
+    """A checked-in record of an experiment."""
+    record: dict[str, Any] = json.loads((ROOT / "docs" / "evidence" / f"{name}.json").read_text())
+    return record
+
+
+def _spread(row: dict[str, Any], name: str, form: str, scale: float = 1.0) -> str:
+    spread = row[f"{name}_spread"]
+    shown = format(row[name] * scale, form)
+    return shown if spread is None else f"{shown} ± {format(spread * scale, form)}"
+
+
+def collapse_table() -> str:
+    """Arms of the collapse experiment: mean and standard deviation over seeds."""
+    rows = [
+        [
+            f"`{row['arm']}`",
+            _spread(row, "of_ceiling", ".1f", 100),
+            _spread(row, "perplexity", ".0f"),
+            _spread(row, "psnr", ".2f"),
+            _spread(row, "relative_error", ".3f"),
+        ]
+        for row in evidence("collapse")["summary"]
+    ]
+    return markdown(["arm", "codes used, % of ceiling", "perplexity", "PSNR, dB", "relative error"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"methods": method_table, "collapse": collapse_table}
+
+
+def documents() -> list[Path]:
+    """Files that may hold tables."""
+    return [ROOT / "README.md", ROOT / "LOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def updated(text: str) -> str:
+    """A document with its tables made anew."""
+    return BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}{match[3]}", text)
+
+
+def main() -> int:
+    """Checks or writes the tables; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    write = parser.parse_args().write
+    stale = []
+    for path in documents():
+        text = path.read_text()
+        fresh = updated(text)
+        if fresh != text:
+            stale.append(path.name)
+            if write:
+                path.write_text(fresh)
+    if stale:
+        print(f"{'updated' if write else 'out of date'}: {', '.join(stale)}")
+    return 1 if stale and not write else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
