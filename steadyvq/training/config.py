@@ -4,6 +4,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -72,6 +73,8 @@ class OptimConfig:
         lr: Learning rate of encoder, decoder and codebook transforms.
         codebook_lr: Learning rate of a free codebook; Adam moves a code by about this much per step, so it is a
             length in latent space.
+        decay: How all learning rates fall over the run: `constant`, or `cosine` to 0.
+        warmup_steps: Steps over which they rise linearly from 0 first.
         betas: Adam's decay rates.
         eps: Adam's epsilon.
         codebook_eps: Adam's epsilon for the codebook (None: `eps`).
@@ -81,6 +84,8 @@ class OptimConfig:
 
     lr: float = 1e-3
     codebook_lr: float = 1e-3
+    decay: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
     betas: tuple[float, ...] = (0.9, 0.99)
     eps: float = 1e-8
     codebook_eps: float | None = None
@@ -144,6 +149,15 @@ class RunConfig:
                 f"data.epoch_samples is {self.data.epoch_samples}, less than batch_size {self.batch_size}: an epoch "
                 "needs at least one batch"
             )
+
+    def lr_factor(self, step: int) -> float:
+        """What all learning rates are multiplied by in a step (0-based): warm-up, then the decay."""
+        if step < self.optim.warmup_steps:
+            return (step + 1) / self.optim.warmup_steps
+        if self.optim.decay == "constant":
+            return 1.0
+        total = self.epochs * self.steps_per_epoch
+        return 0.5 * (1 + math.cos(math.pi * step / total))
 
     @property
     def steps_per_epoch(self) -> int:

@@ -92,6 +92,9 @@ class Engine:
         self.optimizers: dict[str, Any] = {
             name: self.fabric.setup_optimizers(task.optimizer(name)) for name in task.objectives
         }
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
         self.average = WeightAverage(task.module, self.config.optim.ema_decay)
         self.schedule = Schedule(self.config.stages)
         self.window, self.epoch_means = Means(), Means()
@@ -144,6 +147,8 @@ class Engine:
         batch = to_device(self.task.batch(epoch, index), self.fabric.device)
         logs: dict[str, Tensor | float] = {}
         for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self.config.lr_factor(self.step)
             optimizer.zero_grad(set_to_none=True)
             output = self.task.loss(name, self.model, batch)
             self.fabric.backward(output.loss)
