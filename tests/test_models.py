@@ -65,7 +65,7 @@ def test_full_size_is_convolutions_and_norms_only():
     with torch.device("meta"):
         models = autoencoder_config("simvq_f8").build()
     leaves = [module for model in models for module in model.modules() if not list(module.children())]
-    assert {type(leaf) for leaf in leaves} == {nn.Conv2d, nn.GroupNorm, nn.Identity, nn.PixelShuffle}
+    assert {type(leaf) for leaf in leaves} == {nn.Conv2d, nn.GroupNorm, nn.Identity, nn.PixelShuffle, nn.PixelUnshuffle}
     blocks = [module for model in models for module in model.modules() if isinstance(module, ResBlock)]
     assert len(blocks) == 2 * (4 * 2 + 2)
     assert all(conv.bias is None for block in blocks for conv in block.modules() if isinstance(conv, nn.Conv2d))

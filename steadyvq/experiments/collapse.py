@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does the non-stationary loss keep a codebook alive? Several arms, several seeds, one budget, one code path.
 
-    python -m steadyvq.experiments.collapse --out runs/collapse --evidence docs/evidence/collapse.json
+    python -m steadyvq.experiments.collapse                                    # writes docs/evidence/collapse.json
+    python -m steadyvq.experiments.collapse --recipe tuning --seeds 10         # how the settings were chosen
 
 The arms are in `recipes/collapse.yaml`. Settings were chosen on the `val` scenes of mvtb-data; this judges on the `test`
 scenes. Finished runs are kept, so an interrupted experiment goes on where it was. Every run exports what a stranger needs
@@ -27,16 +28,15 @@ from steadyvq.models import Tokenizer
 from steadyvq.training.run import RunFolder, write_atomically, write_text
 from steadyvq.training.tokenizer_task import load_photographs
 
-RECIPE = "collapse"
 REPORTED = ("psnr", "ssim", "utilization", "of_ceiling", "perplexity", "relative_error")
 
 
-def jobs(out: Path, seeds: list[int], arms: list[str] | None, sets: list[str]) -> list[Arm]:
+def jobs(recipe: str, out: Path, seeds: list[int], arms: list[str] | None, sets: list[str]) -> list[Arm]:
     """All runs of the experiment, seed by seed."""
     return [
-        Arm(config, out / f"{config.title}-{seed}", f"python -m steadyvq.experiments.collapse --seeds {seed}")
+        Arm(config, out / f"{config.title}-{seed}", f"steadyvq.experiments.collapse --recipe {recipe} --seeds {seed}")
         for seed in seeds
-        for config in arm_configs(RECIPE, arms, {"seed": seed}, sets)
+        for config in arm_configs(recipe, arms, {"seed": seed}, sets)
     ]
 
 
@@ -125,25 +125,28 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     """Runs the experiment and writes its evidence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/collapse"))
-    parser.add_argument("--evidence", type=Path, default=Path("docs/evidence/collapse.json"))
+    parser.add_argument("--recipe", default="collapse", help="a recipe with arms")
+    parser.add_argument("--out", type=Path, help="default: runs/RECIPE")
+    parser.add_argument("--evidence", type=Path, help="default: docs/evidence/RECIPE.json")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+")
     parser.add_argument("--set", action="append", default=[])
     arguments = parser.parse_args()
-    wanted = jobs(arguments.out, arguments.seeds, arguments.arms, arguments.set)
+    out = arguments.out or Path("runs") / arguments.recipe
+    wanted = jobs(arguments.recipe, out, arguments.seeds, arguments.arms, arguments.set)
     train_arms([arm for arm in wanted if not is_done(arm.path)])
     results = [result(arm) for arm in wanted]
     evidence = {
-        "experiment": "collapse",
+        "experiment": arguments.recipe,
         "steadyvq": steadyvq.__version__,
         "commit": _commit(),
         "torch": torch.__version__,
-        "data": "mvtb-data: train on the train scenes, settings chosen on val, judged on test",
+        "data": f"mvtb-data, trained on the train scenes, judged on {wanted[0].config.data.eval_split}",
         "summary": summarise(results),
         "runs": results,
     }
-    write_text(arguments.evidence, json.dumps(evidence, indent=1) + "\n")
+    path = arguments.evidence or Path("docs/evidence") / f"{arguments.recipe}.json"
+    write_text(path, json.dumps(evidence, indent=1) + "\n")
     for row in evidence["summary"]:
         print(f"{row['arm']:24s} {row['psnr']:6.2f} dB  {row['of_ceiling']:6.1%} of the ceiling  {row['perplexity']:7.1f}")
 

@@ -300,8 +300,8 @@ def non_stationary(
     if not detach_latents:
         row_mass, row_sum = _soft_statistics(latents, codes, indices, tau, row_weight, factor, True, squared, True)[-2:]
         pull = _present(row_mass.unsqueeze(1) * latents - row_sum, row_weight)
-        row = 1.0 if row_weight is None else row_weight.unsqueeze(1)
-        loss = attach_gradient(loss, z, 2 * scale * row * pull)
+        pull = pull if row_weight is None else pull * row_weight.unsqueeze(1)
+        loss = attach_gradient(loss, z, pull * (2 * scale))
     losers = _present(_effective_losers(lse, loser, row_cost, tau), row_weight)
     return NonStationary(loss, winner, losers, torch.maximum(-low, high))
 
@@ -373,7 +373,7 @@ def _as_scalar(value: Tensor | float, like: Tensor) -> Tensor:
 def _valid_count(like: Tensor, row_weight: Tensor | None, denominator: Tensor | float | None) -> Tensor:
     """0-d number of valid latents; 1 if there are none, so that their loss is 0."""
     if denominator is None:
-        denominator = float(like.shape[0]) if row_weight is None else row_weight.sum()
+        denominator = float(like.shape[0]) if row_weight is None else row_weight.to(like.dtype).sum()
     count = _as_scalar(denominator, like)
     return torch.where(count > 0, count, torch.ones_like(count))
 

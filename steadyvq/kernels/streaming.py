@@ -370,9 +370,9 @@ class _Sums:
 
 
 def _soft_rows(table: Tensor) -> int:
-    """Latents per block: two scratch buffers of at most 32 MB in float32 on a CPU."""
-    area = 1 << (22 if table.device.type == "cpu" else 24)
-    return max(16, min(512, area // table.shape[0]))
+    """Latents per block: two scratch buffers of 4 MB in float32 on a CPU, more where 64 rows need it."""
+    area = 1 << (20 if table.device.type == "cpu" else 24)
+    return max(64, min(512, area // table.shape[0]))
 
 
 def _distances(z: Tensor, table: Tensor, norms: Tensor, squared: bool, *, out: Tensor) -> None:

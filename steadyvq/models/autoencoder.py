@@ -88,6 +88,7 @@ class Encoder(nn.Module):
         num_res_blocks: residual blocks per level.
         num_mid_blocks: residual blocks at the lowest resolution, after the levels.
         z_channels: width of the latents.
+        patch: side of the pixel squares that are folded into channels first (1: none).
         in_channels: channels of the images.
     """
 
@@ -98,11 +99,14 @@ class Encoder(nn.Module):
         num_res_blocks: int,
         num_mid_blocks: int,
         z_channels: int,
+        patch: int = 1,
         in_channels: int = 3,
     ) -> None:
         super().__init__()
         widths = [channels * multiplier for multiplier in multipliers]
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        self.in_channels = in_channels
+        self.fold = nn.PixelUnshuffle(patch)
+        self.conv_in = nn.Conv2d(in_channels * patch**2, channels, 3, padding=1, bias=False)
         self.levels = nn.ModuleList()
         for level, (before, width) in enumerate(zip([channels, *widths], widths, strict=False)):
             layers = _blocks(before, width, num_res_blocks)
@@ -116,11 +120,11 @@ class Encoder(nn.Module):
     @property
     def downsampling(self) -> int:
         """Image pixels per latent, along one side."""
-        return int(2 ** (len(self.levels) - 1))
+        return self.fold.downscale_factor * int(2 ** (len(self.levels) - 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, in_channels, H, W) in [-1, 1] to latents (B, z_channels, H / f, W / f)."""
-        x: Tensor = self.conv_in(images)
+        x: Tensor = self.conv_in(self.fold(images))
         for level in self.levels:
             x = level(x)
         x = self.conv_out(F.silu(self.norm_out(self.mid(x))))
@@ -136,6 +140,7 @@ class Decoder(nn.Module):
         num_res_blocks: residual blocks per level.
         num_mid_blocks: residual blocks at the lowest resolution, before the levels.
         z_channels: width of the latents.
+        patch: side of the pixel squares that are unfolded from channels last (1: none).
         out_channels: channels of the images.
     """
 
@@ -146,6 +151,7 @@ class Decoder(nn.Module):
         num_res_blocks: int,
         num_mid_blocks: int,
         z_channels: int,
+        patch: int = 1,
         out_channels: int = 3,
     ) -> None:
         super().__init__()
@@ -159,19 +165,20 @@ class Decoder(nn.Module):
                 layers.append(_upsample(width))
             self.levels.append(nn.Sequential(*layers))
         self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels * patch**2, 3, padding=1)
+        self.unfold = nn.PixelShuffle(patch)
 
     @property
     def downsampling(self) -> int:
         """Image pixels per latent, along one side."""
-        return int(2 ** (len(self.levels) - 1))
+        return self.unfold.upscale_factor * int(2 ** (len(self.levels) - 1))
 
     def forward(self, latents: Tensor) -> Tensor:
         """Map latents (B, z_channels, h, w) to images (B, out_channels, f h, f w), not clamped."""
         x: Tensor = self.mid(self.conv_in(latents))
         for level in self.levels:
             x = level(x)
-        x = self.conv_out(F.silu(self.norm_out(x)))
+        x = self.unfold(self.conv_out(F.silu(self.norm_out(x))))
         return x
 
 
@@ -185,6 +192,8 @@ class AutoencoderConfig:
         num_res_blocks: residual blocks per level.
         num_mid_blocks: residual blocks at the lowest resolution.
         z_channels: width of the encoder's output and of the decoder's input.
+        patch: side of the pixel squares that are folded into channels before the first level (1: none, as published).
+            Saves the levels of full resolution, which are most of the cost of a small model.
     """
 
     channels: int = 128
@@ -192,11 +201,12 @@ class AutoencoderConfig:
     num_res_blocks: int = 2
     num_mid_blocks: int = 2
     z_channels: int = 128
+    patch: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
-        for name, least in (("channels", 1), ("num_res_blocks", 1), ("num_mid_blocks", 0), ("z_channels", 1)):
-            value = getattr(self, name)
+        for name in ("channels", "num_res_blocks", "num_mid_blocks", "z_channels", "patch"):
+            value, least = getattr(self, name), 0 if name == "num_mid_blocks" else 1
             if not _is_count(value, least):
                 raise ValueError(f"{name} is {value!r}, but it must be a whole number of at least {least}.")
         if not self.multipliers or not all(_is_count(multiplier, 1) for multiplier in self.multipliers):
@@ -207,12 +217,12 @@ class AutoencoderConfig:
 
     @property
     def downsampling(self) -> int:
-        """Image pixels per latent, along one side: 2 ** (levels - 1)."""
-        return int(2 ** (len(self.multipliers) - 1))
+        """Image pixels per latent, along one side: patch * 2 ** (levels - 1)."""
+        return self.patch * int(2 ** (len(self.multipliers) - 1))
 
     def build(self) -> tuple[Encoder, Decoder]:
         """Return a freshly initialised encoder and decoder of this size."""
-        size = (self.channels, self.multipliers, self.num_res_blocks, self.num_mid_blocks, self.z_channels)
+        size = (self.channels, self.multipliers, self.num_res_blocks, self.num_mid_blocks, self.z_channels, self.patch)
         return Encoder(*size), Decoder(*size)
 
 

@@ -185,7 +185,7 @@ class Tokenizer(nn.Module):
         shape = tuple(images.shape)
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}, but a tokenizer takes floats in [-1, 1]: use x / 127.5 - 1.")
-        channels = self.encoder.conv_in.in_channels
+        channels = self.encoder.in_channels
         if images.dim() != 4 or shape[1] != channels:
             raise ValueError(f"images have shape {shape}, but a tokenizer takes (B, {channels}, H, W).")
         if shape[2] % self.downsampling or shape[3] % self.downsampling or 0 in shape[2:]:
