@@ -33,7 +33,9 @@ def imports(file: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found |= {f"{node.module}.{alias.name}" if node.module == "steadyvq" else node.module for alias in node.names}
+            found |= {
+                f"{node.module}.{alias.name}" if node.module == "steadyvq" else node.module for alias in node.names
+            }
     return found
 
 

@@ -106,10 +106,8 @@ def test_nearest_is_exact_at_every_block_size(case: str) -> None:
     z, table = CASES[case]()
     indices, score = oracle(z, table)
     for rows, codes in BLOCKS:
-        if rows == codes == 1 and table.shape[0] > 100:
-            z_part, index_part = z[:5], indices[:5]
-        else:
-            z_part, index_part = z, indices
+        few = 5 if 1 in (rows, codes) else len(z)  # thousands of tiny tiles are slow
+        z_part, index_part = z[:few], indices[:few]
         got, got_score = streaming.nearest(z_part, table, block_rows=rows, block_codes=codes)
         assert torch.equal(got, index_part), (rows, codes)
         assert torch.equal(got_score, score[: len(z_part)]), (rows, codes)
@@ -127,14 +125,14 @@ def test_nearest_is_exact_at_every_matmul_precision(case: str, precision: str) -
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nearest_ignores_autocast(dtype: torch.dtype) -> None:
-    z, table = random(300, 32, seed=1), random(700, 32, seed=2)
+    z, table = random(1000, 32, seed=1), random(3000, 32, seed=2)
     plain = kernels.nearest(z, table)
     with torch.autocast("cpu", dtype=dtype):
         cast = kernels.nearest(z, table)
         assert not torch.equal((z @ table.t()).float().argmax(1), (z.double() @ table.double().t()).argmax(1))
     assert torch.equal(plain[0], cast[0])
     assert torch.equal(plain[1], cast[1])
-    assert torch.equal(plain[0], oracle(z, table)[0])
+    assert torch.equal(plain[0][:50], oracle(z[:50], table)[0])
 
 
 def test_nearest_does_not_depend_on_the_batch() -> None:
@@ -477,6 +475,15 @@ def test_only_losers_are_pulled() -> None:
     assert gradient[2, 1] > 0
 
 
+def test_a_loser_at_distance_zero_has_no_direction() -> None:
+    z, table = torch.zeros(3, 2), torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    options = {"temperature": 1.0, "squared": False, "detach_latents": False}
+    loss, gradient = streamed_gradient(z, table, torch.zeros(3, dtype=torch.int64), **options)
+    weight = torch.softmax(torch.tensor([0.0, 0.0, -1.0, -1.0]), 0)[2].item()
+    assert loss.item() == pytest.approx(weight)
+    torch.testing.assert_close(gradient, torch.tensor([[0.0, 0.0], [0.0, 0.0], [weight / 2, 0.0], [-weight / 2, 0.0]]))
+
+
 def test_no_valid_latent_gives_zero() -> None:
     table = random(5, 3).requires_grad_()
     for z, row in ((torch.empty(0, 3), None), (torch.full((4, 3), torch.nan), torch.zeros(4))):
@@ -594,10 +601,11 @@ def test_attach_gradient_keeps_the_value() -> None:
 
 def test_operators_pass_opcheck() -> None:
     z, table, indices, row = problem(10, 12, 3)
+    z = torch.nan_to_num(z, 0, 0, 0)  # opcheck takes nan for a difference
     torch.library.opcheck(torch.ops.steadyvq.nearest.default, (z, table))
     tau = torch.tensor(0.5)
     for squared, want in ((True, True), (False, False)):
-        arguments = (torch.nan_to_num(z, 0, 0, 0), table, indices, tau, row, None, True, squared, want)
+        arguments = (z, table, indices, tau, row, None, True, squared, want)
         torch.library.opcheck(torch.ops.steadyvq.soft_statistics.default, arguments)
     attach = (torch.tensor(1.0, requires_grad=True), table.clone().requires_grad_(), random(12, 3))
     torch.library.opcheck(torch.ops.steadyvq.attach_gradient.default, attach)

@@ -79,8 +79,8 @@ class TestStages:
             Until(at_fraction=2.0)
         with pytest.raises(ValueError, match="watches 'comitment', but the metrics of this epoch are commitment"):
             Schedule([Stage("a", Until(plateau="comitment"))]).step(1, 2, {"commitment": 1.0})
+        vq = steadyvq.build_quantizer("vq", num_codes=4, dim=2)
         with pytest.raises(ValueError, match="freezes 'encodr', but the parts are decoder, encoder"):
-            vq = steadyvq.build_quantizer("vq", num_codes=4, dim=2)
             Schedule([Stage("a", frozen=("encodr",))]).apply({"encoder": [], "decoder": []}, vq)
 
     def test_a_loop_of_your_own(self):
@@ -280,7 +280,13 @@ class TestLoop:
     def test_resume_continues_bit_for_bit_across_a_freeze(self, photos, tmp_path):
         stages = [
             {"name": "joint", "until": {"max_epochs": 2}},
-            {"name": "warmup", "until": {"max_epochs": 1}, "frozen": ["encoder"], "weights": {"ns": 0.0}, "paused": ["replace"]},
+            {
+                "name": "warmup",
+                "until": {"max_epochs": 1},
+                "frozen": ["encoder"],
+                "weights": {"ns": 0.0},
+                "paused": ["replace"],
+            },
             {"name": "refine", "frozen": ["encoder"], "estimator": "direct"},
         ]
         changes = {"epochs": 5, "stages": stages, "keep_checkpoints": 9}
@@ -323,10 +329,12 @@ class TestLoop:
 def test_an_interrupted_command_saves_and_resumes(tiny, tmp_path, number, code):
     command = [sys.executable, "-m", "steadyvq", "train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = subprocess.run([*command, tiny, "--out", "whole", "--set", "epochs=12", "--set", "eval_every=6"], cwd=tmp_path, env=environment)
+    whole = subprocess.run(
+        [*command, tiny, "--out", "whole", "--set", "epochs=12", "--set", "eval_every=6"], cwd=tmp_path, env=environment
+    )
     assert whole.returncode == 0
     process = subprocess.Popen(
-        [*command, tiny, "--out", "cut", "--set", "epochs=12", "--set", "eval_every=6"],
+        [*command, tiny, "--out", "cut", *sets],
         cwd=tmp_path,
         env=environment,
         stderr=subprocess.PIPE,

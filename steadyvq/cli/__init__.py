@@ -24,12 +24,19 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence with the nearest known word."""
 
+    def words(self) -> list[str]:
+        """Options and commands, those of the commands included."""
+        found = [option for action in self._actions for option in action.option_strings]
+        for action in self._actions:
+            found += action.choices or ()
+            if isinstance(action, argparse._SubParsersAction):
+                found += [word for parser in action.choices.values() for word in parser.words()]
+        return found
+
     def error(self, message: str) -> NoReturn:
         """Prints the error and leaves with exit code 2."""
-        words = [option for action in self._actions for option in action.option_strings]
-        words += [name for action in self._actions for name in (action.choices or ())]
         wrong = [word.strip("',") for word in message.split() if word.strip("',").startswith("-") or "'" in word]
-        near = [match for word in wrong[:1] for match in difflib.get_close_matches(word, words, 1)]
+        near = [match for word in wrong[:1] for match in difflib.get_close_matches(word, self.words(), 1)]
         hint = f"; did you mean {near[0]}?" if near else f"; see `{self.prog} --help`"
         sys.stderr.write(f"{self.prog}: {message}{hint}\n")
         raise SystemExit(BAD_INPUT)

@@ -31,8 +31,7 @@ def train(arguments: argparse.Namespace) -> int:
     check_free(path)
     task = TokenizerTask(config)
     _tell_about_data(task)
-    run = RunFolder.create(path, config, shlex.join(["steadyvq", *sys.argv[1:]]))
-    return _fit(task, run, resume=False)
+    return _fit(task, RunFolder(path, config), resume=False)
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
@@ -83,6 +82,9 @@ def _tell_about_data(task: TokenizerTask) -> None:
 
 def _fit(task: TokenizerTask, run: RunFolder, *, resume: bool) -> int:
     engine = Engine(task, run, resume=resume)
+    if not resume:
+        # Only now: whatever is wrong with the input has been said, and nothing was written.
+        run.begin(shlex.join(["steadyvq", *sys.argv[1:]]))
     parameters = sum(p.numel() for p in task.module.parameters())
     say(
         f"{run.config.title}: {parameters / 1e6:.2f} M parameters, {engine.total_steps} steps of "

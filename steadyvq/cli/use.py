@@ -67,9 +67,9 @@ def encode(arguments: argparse.Namespace) -> int:
     squares = torch.stack([centre_square(image, size) for image in photographs.images])
     tokens = []
     with ProgressReport("encode", len(squares)) as progress:
-        for images in squares.split(BATCH):
-            tokens.append(tokenizer.encode(to_float(images)))
-            for _ in images:
+        for start in range(0, len(squares), BATCH):
+            tokens.append(tokenizer.encode(to_float(squares[start : start + BATCH])))
+            for _ in tokens[-1]:
                 progress.advance()
     indices = torch.cat(tokens).numpy()
     names = np.array(photographs.names)

@@ -86,7 +86,8 @@ def train_arms(arms: Sequence[Arm], workers: int | None = None) -> None:
         KeyboardInterrupt: The user interrupted; arms that ran have saved a checkpoint.
         ArmFailed: An arm failed; the others were stopped.
     """
-    waiting, running = list(arms), dict[str, BaseProcess]()
+    waiting = list(arms)
+    running: dict[str, BaseProcess] = {}
     context = multiprocessing.get_context("spawn")
     limit = workers or _default_workers()
     with _Watch(arms) as watch:
@@ -99,10 +100,10 @@ def train_arms(arms: Sequence[Arm], workers: int | None = None) -> None:
                     running[str(arm.path)] = process
                 time.sleep(POLL_SECONDS)
                 watch.look()
-                for name, process in list(running.items()):
-                    if process.exitcode is not None:
+                for name, exitcode in [(name, process.exitcode) for name, process in running.items()]:
+                    if exitcode is not None:
                         running.pop(name)
-                        _check(name, process.exitcode)
+                        _check(name, exitcode)
         except BaseException:
             _stop(list(running.values()))
             raise
@@ -166,9 +167,9 @@ class _Watch:
         if now - self._last < LINE_SECONDS and done < total:
             return
         self._last = now
-        left = (now - self._start) / max(1, done) * (total - done)
+        left = f"{(now - self._start) / done * (total - done):.0f} s left" if done else "starting"
         shown = ", ".join(f"{self._names[path]} {step}/{self._totals[path]}" for path, step in steps.items() if step)
-        self._console.print(f"{now - self._start:.0f} s, {left:.0f} s left: {shown}", highlight=False, soft_wrap=True)
+        self._console.print(f"{now - self._start:.0f} s, {left}: {shown}", highlight=False, soft_wrap=True)
 
 
 def last_step(run: Path) -> int:

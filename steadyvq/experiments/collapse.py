@@ -148,7 +148,9 @@ def main() -> None:
     path = arguments.evidence or Path("docs/evidence") / f"{arguments.recipe}.json"
     write_text(path, json.dumps(evidence, indent=1) + "\n")
     for row in evidence["summary"]:
-        print(f"{row['arm']:24s} {row['psnr']:6.2f} dB  {row['of_ceiling']:6.1%} of the ceiling  {row['perplexity']:7.1f}")
+        print(
+            f"{row['arm']:24s} {row['psnr']:6.2f} dB  {row['of_ceiling']:6.1%} of the ceiling  {row['perplexity']:7.1f}"
+        )
 
 
 def _commit() -> str:

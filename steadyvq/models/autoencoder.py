@@ -232,7 +232,7 @@ def _is_count(value: object, least: int) -> bool:
 
 # simvq_f8 is the published size (128x128 images to 16x16 latents). The small ones are for 32x32 and 64x64 crops on a
 # CPU: they spend their width where the resolution is full, which decides the reconstruction there, and forward and
-# backward of small_f4 on 32 crops of 32x32 take about 70 ms on one thread.
+# backward of small_f4 on 32 crops of 32x32 take less than a tenth of a second on one thread.
 AUTOENCODERS: dict[str, AutoencoderConfig] = {
     "simvq_f8": AutoencoderConfig(),
     "small_f4": AutoencoderConfig(16, (1, 1, 2), num_res_blocks=1, num_mid_blocks=0, z_channels=32),

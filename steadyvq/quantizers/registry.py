@@ -113,7 +113,9 @@ def _own(name: str) -> Builder:
     except FileNotFoundError as error:
         raise ValueError(f"quantizer {name!r}: there is no file {where}; give path/to/file.py:function") from error
     except Exception as error:
-        raise ValueError(f"quantizer {name!r}: importing {where} failed with {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"quantizer {name!r}: importing {where} failed with {type(error).__name__}: {error}"
+        ) from error
     functions = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
     builder: Builder = look_up(f"function in {where}", function, functions)
     return builder

@@ -11,10 +11,10 @@ from itertools import groupby
 
 from steadyvq.report.markup import Markup, tag
 from steadyvq.report.runs import Point
-from steadyvq.report.scales import Scale, tick_label, value_label, value_scale
+from steadyvq.report.scales import Number, Scale, tick_label, value_label, value_scale
 
-WIDTH, HEIGHT = 400, 230
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 14, 32
+WIDTH, HEIGHT = 400, 234
+LEFT, RIGHT, TOP, BOTTOM = 48, 12, 18, 32
 LABEL_HEIGHT = 13
 MARK_ROWS = 4
 # Values of curves with few points can be pointed at; more dots than this would hide the line.
@@ -73,7 +73,7 @@ class Chart:
 
     title: str
     series: Sequence[Series]
-    last_step: float
+    last_step: int
     marks: Sequence[Mark] = ()
     unit: str = ""
     limits: tuple[float, float] | None = None
@@ -186,13 +186,14 @@ def _curve(series: Series, x: Scale, y: Scale, percent: bool) -> Markup:
         line = " ".join(f"{_n(x(step))},{_n(y(value))}" for step, value in segment)
         parts.append(tag("polyline", points=line, class_="dashed" if series.dashed else None))
         if not series.dashed and (dots or len(segment) == 1):
-            parts += [_dot(series.label, step, value, x, y, percent) for step, value in segment]
+            radius = 3.5 if len(series.values) == 1 else 2
+            parts += [_dot(series.label, step, value, x, y, percent, radius) for step, value in segment]
     return tag("g", *parts, class_=f"curve {style(series.colour)}", data_label=series.label)
 
 
-def _dot(label: str, step: float, value: float, x: Scale, y: Scale, percent: bool) -> Markup:
+def _dot(label: str, step: float, value: float, x: Scale, y: Scale, percent: bool, radius: Number) -> Markup:
     hover = tag("title", f"{label}, step {step:,.0f}: {value_label(value, percent)}")
-    return tag("circle", hover, cx=_n(x(step)), cy=_n(y(value)), r=2)
+    return tag("circle", hover, cx=_n(x(step)), cy=_n(y(value)), r=radius)
 
 
 def _band(series: Series, x: Scale, y: Scale) -> Markup:
@@ -201,7 +202,7 @@ def _band(series: Series, x: Scale, y: Scale) -> Markup:
     return tag("polygon", points=" ".join(upper + lower), class_=f"band {style(series.colour)}")
 
 
-def _n(value: float) -> str:
+def _n(value: Number) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
@@ -257,5 +258,5 @@ def _dead_codes(active: int, dead: int, x: Scale, y: Scale) -> Markup:
     text = f"{dead:,} dead"
     # Where the label has no room the figure's heading tells the count.
     fits = width > 7 * len(text) + 8
-    label = tag("text", text, x=_n(left + width / 2), y=_n((y.end + bottom) / 2), class_="middle") if fits else None
+    label = tag("text", text, x=_n(left + width / 2), y=_n(bottom - 12), class_="middle") if fits else None
     return tag("g", shade, label, class_="dead")

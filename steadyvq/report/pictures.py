@@ -17,7 +17,7 @@ MASKED_COLOUR = (128, 128, 128)
 class ArrayLike(Protocol):
     """A NumPy array or a tensor in main memory."""
 
-    def __array__(self) -> np.ndarray[Any, Any]: ...
+    def __array__(self) -> np.ndarray[Any, np.dtype[Any]]: ...
 
 
 def picture_grid(originals: ArrayLike, reconstructions: ArrayLike, columns: int = 8, scale: int = 2) -> Image.Image:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 # From this ratio of the largest to the smallest value on, a linear axis shows a flat line and a spike.
 LOG_FROM = 30.0
+Number = int | float
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -22,13 +23,13 @@ class Scale:
         log: whether equal ratios, not equal differences, are equally long.
     """
 
-    low: float
-    high: float
-    start: float
-    end: float
+    low: Number
+    high: Number
+    start: Number
+    end: Number
     log: bool = False
 
-    def __call__(self, value: float) -> float:
+    def __call__(self, value: Number) -> float:
         """Return the position of a value."""
         low, high, at = (
             (math.log10(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
@@ -40,7 +41,7 @@ class Scale:
         return _log_ticks(self.low, self.high, count) if self.log else _linear_ticks(self.low, self.high, count)
 
 
-def value_scale(values: Sequence[float], start: float, end: float, limits: tuple[float, float] | None) -> Scale:
+def value_scale(values: Sequence[float], start: Number, end: Number, limits: tuple[float, float] | None) -> Scale:
     """Choose the range of an axis for values: the given limits, or linear or logarithmic as the values ask for."""
     if limits is not None:
         return Scale(min(limits[0], *values), max(limits[1], *values), start, end)
@@ -56,7 +57,7 @@ def value_scale(values: Sequence[float], start: float, end: float, limits: tuple
     return Scale(bottom, high + margin, start, end)
 
 
-def tick_label(value: float, percent: bool = False) -> str:
+def tick_label(value: Number, percent: bool = False) -> str:
     """Return a short text for a round number."""
     if percent:
         return f"{float(f'{100 * value:.6g}'):g} %"
@@ -84,15 +85,15 @@ def value_label(value: float, percent: bool = False) -> str:
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.2e}"
 
 
-def _linear_ticks(low: float, high: float, count: int) -> list[float]:
+def _linear_ticks(low: Number, high: Number, count: int) -> list[float]:
     rough = (high - low) / max(1, count)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= 0.7 * rough)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]
 
 
-def _log_ticks(low: float, high: float, count: int) -> list[float]:
+def _log_ticks(low: Number, high: Number, count: int) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     stride = max(1, -(-(last - first) // (count + 1)))
     candidates = [10.0**e for e in range(first, last + 1) if e % stride == 0]

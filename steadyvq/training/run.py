@@ -15,7 +15,7 @@ from steadyvq.training.strict import read_yaml
 
 
 class RunFolder:
-    """Where a run leaves everything; open it with `create` or `open`.
+    """Where a run leaves everything. A new one is made by `create`, or by `begin` once all is known to be well.
 
     Args:
         path: The folder.
@@ -28,16 +28,20 @@ class RunFolder:
     @classmethod
     def create(cls, path: Path, config: RunConfig, command: str) -> "RunFolder":
         """Makes a new run folder; refuses one that holds a run already."""
-        check_free(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"the output folder {path} cannot be made ({error}): choose another with --out") from error
         run = cls(path, config)
-        write_text(path / "config.yaml", config.to_yaml())
-        run.write_info(command=command, started=datetime.now(UTC).isoformat(timespec="seconds"), status="running")
-        run.log_path.touch()
+        run.begin(command)
         return run
+
+    def begin(self, command: str) -> None:
+        """Writes what a new run starts with; refuses a folder that holds a run already."""
+        check_free(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"the output folder {self.path} cannot be made ({error}): choose another") from error
+        write_text(self.path / "config.yaml", self.config.to_yaml())
+        self.write_info(command=command, started=datetime.now(UTC).isoformat(timespec="seconds"), status="running")
+        self.log_path.touch()
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":

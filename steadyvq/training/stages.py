@@ -194,16 +194,12 @@ class Schedule:
 
     def apply(self, parts: Mapping[str, Sequence[nn.Module]], quantizer: Quantizer) -> None:
         """Freezes and thaws parts and sets the quantizer's weights, maintenance and estimator for the present stage."""
-        for name in self.stage.frozen:
-            if name not in parts:
-                raise ValueError(
-                    f"stage {self.stage.name!r} freezes {name!r}, but the parts are {', '.join(sorted(parts))}"
-                )
+        for stage in (*self.stages, self.stage):
+            # All of them: a mistake in the last stage is told before the first begins. The present one comes last and stays.
+            _configure(stage, parts, quantizer)
         for name, modules in parts.items():
             for module in modules:
                 module.requires_grad_(name not in self.stage.frozen)
-        own = {name: weight for name, weight in self.stage.weights.items() if name != "adversarial"}
-        quantizer.configure(weights=own, paused=self.stage.paused, estimator=self.stage.estimator)
 
     def ramp(self, name: str, epochs_in_stage: float) -> float:
         """The factor in [0, 1] by which the stage's ramp multiplies the weight of a loss."""
@@ -225,3 +221,12 @@ class Schedule:
         self.index, self.reason = state["index"], state["reason"]
         self._epochs, self._stale = state["epochs"], state["stale"]
         self._best = math.inf if state["best"] is None else state["best"]
+
+
+def _configure(stage: Stage, parts: Mapping[str, Sequence[nn.Module]], quantizer: Quantizer) -> None:
+    unknown = [name for name in stage.frozen if name not in parts]
+    if unknown:
+        known = ", ".join(sorted(parts))
+        raise ValueError(f"stage {stage.name!r} freezes {unknown[0]!r}, but the parts are {known}")
+    own = {name: weight for name, weight in stage.weights.items() if name != "adversarial"}
+    quantizer.configure(weights=own, paused=stage.paused, estimator=stage.estimator)

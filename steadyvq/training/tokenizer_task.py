@@ -12,7 +12,7 @@ from torch.optim import Adam, Optimizer
 from steadyvq.data import Collection, CropDataset, EvaluationCrops, load_collection
 from steadyvq.metrics import Probe, write_record
 from steadyvq.models import Tokenizer
-from steadyvq.quantizers import Quantized, Quantizer, VectorQuantizer, build_quantizer
+from steadyvq.quantizers import Codebook, Quantized, Quantizer, VectorQuantizer, build_quantizer
 from steadyvq.report import picture_grid
 from steadyvq.training.average import WeightAverage
 from steadyvq.training.config import RunConfig
@@ -169,11 +169,8 @@ class TokenizerTask(Task):
 
 def _codebook_parameters(quantizer: Quantizer) -> list[nn.Parameter]:
     """Rows that a learning rate of their own moves: the bases of trainable codebooks."""
-    return [
-        module.base
-        for module in quantizer.modules()
-        if getattr(module, "trainable", False) and isinstance(getattr(module, "base", None), nn.Parameter)
-    ]
+    codebooks = [module for module in quantizer.modules() if isinstance(module, Codebook) and module.trainable]
+    return [codebook.base for codebook in codebooks if isinstance(codebook.base, nn.Parameter)]
 
 
 @torch.no_grad()
