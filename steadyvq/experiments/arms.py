@@ -168,7 +168,10 @@ class _Watch:
             return
         self._last = now
         left = f"{(now - self._start) / done * (total - done):.0f} s left" if done else "starting"
-        shown = ", ".join(f"{self._names[path]} {step}/{self._totals[path]}" for path, step in steps.items() if step)
+        finished = sum(step == self._totals[path] for path, step in steps.items())
+        running = {path: step for path, step in steps.items() if 0 < step < self._totals[path]}
+        shown = ", ".join(f"{self._names[path]} {step}/{self._totals[path]}" for path, step in running.items())
+        shown = f"{finished} of {len(steps)} arms done{', ' if shown else ''}{shown}"
         self._console.print(f"{now - self._start:.0f} s, {left}: {shown}", highlight=False, soft_wrap=True)
 
 
