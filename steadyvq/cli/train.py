@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from steadyvq.cli.common import EXIT_INTERRUPTED, say, table
-from steadyvq.experiments.demo import run_demo
+from steadyvq.experiments.demo import NOTE, run_demo
 from steadyvq.report import comparison_table, write_report
 from steadyvq.training.config import RunConfig, read_recipe, resolve
 from steadyvq.training.loop import Engine, Interrupted
@@ -109,7 +109,7 @@ def demo(arguments: argparse.Namespace) -> int:
     except Interrupted as stop:
         say(f"{stop}\nstart again with: steadyvq demo --out ANOTHER_FOLDER")
         return EXIT_INTERRUPTED if stop.signal == signal.SIGINT else 0
-    page = write_report(runs, arguments.out / "report.html", title="A codebook dies, ours lives")
+    page = write_report(runs, arguments.out / "report.html", title="A codebook dies, ours lives", note=NOTE)
     table(comparison_table(runs))
     say(f"pictures and curves: {page}")
     return 0

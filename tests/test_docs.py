@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README and docs are true: their Python runs, their commands resolve, their tables agree with code and evidence."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_recipe
+
+from steadyvq.experiments import tables
+from steadyvq.experiments.arms import arm_configs
+from steadyvq.training.config import read_recipe, recipe_names
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = tables.documents()
+FENCE = re.compile(r"^```([a-z]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    return [
+        (path.name, text)
+        for path in DOCUMENTS
+        for kind, text in FENCE.findall(path.read_text())
+        if kind == language
+    ]
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every line of a shell block that runs something of ours; recipes and docstrings of modules have theirs too."""
+    lines = [(name, line) for language in ("bash", "") for name, text in blocks(language) for line in text.splitlines()]
+    for recipe in recipe_names():
+        text = (ROOT / "steadyvq" / "recipes" / f"{recipe}.yaml").read_text()
+        lines += [(recipe, line.lstrip("# ")) for line in text.splitlines() if line.startswith("#   ")]
+    parts = [(name, part.split("  #")[0].strip()) for name, line in lines for part in line.split("&&")]
+    return [(name, part) for name, part in parts if part.startswith(("steadyvq ", "python -m steadyvq"))]
+
+
+def test_there_is_something_to_check():
+    assert len(commands()) >= 8
+    assert len(blocks("python")) >= 3
+
+
+@pytest.mark.slow
+def test_every_python_block_runs(photos, steadyvq_command, tmp_path):
+    """In the order of each document, in one folder where the README's run has been trained."""
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tiny_recipe(photos)))
+    assert steadyvq_command("train", "r.yaml", "--out", "runs/mine").returncode == 0
+    for name, text in blocks("python"):
+        if text.startswith("@register"):
+            text = "from steadyvq.quantizers import compose, register\nPARTS = {}\n" + text
+        done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+
+
+@pytest.mark.slow
+def test_every_command_runs(photos, steadyvq_command, tmp_path):
+    """Training commands are resolved with --dry-run or made tiny; all others run as they stand."""
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "my_photos").symlink_to(photos)
+    (folder / "DIR").symlink_to(photos)
+    own = next(text for _, text in blocks("python") if "def half_vq" in text)
+    (folder / "my_file.py").write_text(own)
+    small = ["epochs=1", "data.epoch_samples=16", "data.eval_crops=8", "data.source=my_photos", "data.eval_split=val"]
+    sets = [word for pair in small for word in ("--set", pair)]
+    seen = set()
+    for name, command in commands():
+        words = shlex.split(command)
+        if command in seen:
+            continue
+        seen.add(command)
+        if words[:3] == ["python", "-m", "pytest"]:
+            continue
+        if words[0] == "python":
+            done = subprocess.run([sys.executable, "-m", words[2], "--help"], cwd=folder, capture_output=True, text=True)
+            for flag in (word for word in words if word.startswith("--")):
+                assert flag in done.stdout, f"{name}: {command}"
+        elif words[1] == "demo":
+            done = steadyvq_command(*words[1:], *sets, "--out", f"runs/demo{len(seen)}", cwd=folder)
+        elif words[1] == "train" and "--resume" not in words:
+            extra = [] if "--out" in words else ["--out", f"runs/{len(seen)}"]
+            done = steadyvq_command(*words[1:], *sets, *extra, cwd=folder)
+        elif words[1] == "train":
+            continue  # tests/test_training.py interrupts a run and resumes it
+        else:
+            done = steadyvq_command(*words[1:], cwd=folder)
+        assert done.returncode == 0, f"{name}: {command}\n{done.stderr}"
+
+
+def test_tables_agree_with_code_and_evidence():
+    for path in DOCUMENTS:
+        text = path.read_text()
+        assert tables.updated(text) == text, f"{path.name}: run python -m steadyvq.experiments.tables --write"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "evidence").glob("*.json")), ids=lambda p: p.stem)
+def test_evidence_names_its_configurations_and_was_rechecked(path):
+    record = json.loads(path.read_text())
+    assert re.fullmatch(r"[0-9a-f]{40}", record["commit"])
+    for run in record["runs"]:
+        (config,) = arm_configs(record["experiment"], [run["arm"]], {"seed": run["seed"]})
+        assert config.hash() == run["config_hash"], f"{run['arm']}: the recipe has changed since the evidence was made"
+        check = run["recheck"]
+        assert check["indices_differ"] <= 0.001 * check["tokens"]
+        assert check["of_ceiling"] == pytest.approx(run["of_ceiling"], abs=0.002)
+        assert check["psnr"] == pytest.approx(run["psnr"], abs=0.01)
+        assert check["tokens"] == run["tokens"] >= 20_000
+
+
+def test_every_linked_file_exists():
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+            if not target.startswith("http"):
+                assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_every_recipe_says_what_it_is():
+    for name in recipe_names():
+        text = (ROOT / "steadyvq" / "recipes" / f"{name}.yaml").read_text()
+        assert text.startswith("#"), name
+        assert read_recipe(name)["title"]
