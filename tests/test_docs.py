@@ -23,10 +23,7 @@ FENCE = re.compile(r"^```([a-z]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 def blocks(language: str) -> list[tuple[str, str]]:
     return [
-        (path.name, text)
-        for path in DOCUMENTS
-        for kind, text in FENCE.findall(path.read_text())
-        if kind == language
+        (path.name, text) for path in DOCUMENTS for kind, text in FENCE.findall(path.read_text()) if kind == language
     ]
 
 
@@ -77,7 +74,9 @@ def test_every_command_runs(photos, steadyvq_command, tmp_path):
         if words[:3] == ["python", "-m", "pytest"]:
             continue
         if words[0] == "python":
-            done = subprocess.run([sys.executable, "-m", words[2], "--help"], cwd=folder, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, "-m", words[2], "--help"], cwd=folder, capture_output=True, text=True
+            )
             for flag in (word for word in words if word.startswith("--")):
                 assert flag in done.stdout, f"{name}: {command}"
         elif words[1] == "demo":

@@ -115,6 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"steadyvq {arguments.command}: {error}\n")
         return BAD_INPUT
+    except OSError as error:
+        sys.stderr.write(f"steadyvq {arguments.command}: {error}; what was written before is kept\n")
+        return FAILED
     except KeyboardInterrupt:
         sys.stderr.write(
             f"steadyvq {arguments.command}: stopped at once; nothing was saved since the last checkpoint\n"

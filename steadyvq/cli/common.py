@@ -14,7 +14,7 @@ from steadyvq.quantizers import build_quantizer
 from steadyvq.training.config import RunConfig
 from steadyvq.training.run import RunFolder
 
-EXIT_INTERRUPTED = 130
+EXIT_FAILED, EXIT_INTERRUPTED = 3, 130
 
 
 def say(line: str) -> None:

@@ -26,4 +26,5 @@ def listing(arguments: argparse.Namespace) -> int:
     from steadyvq.quantizers import methods
 
     table([{"name": m.name, "paper": m.paper, "what it is": m.summary} for m in methods().values()])
+    print("nsvq here is non-stationary VQ (arXiv 2606.11363), not the PyPI package nsvq (noise substitution, 2022)")
     return 0

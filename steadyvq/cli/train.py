@@ -7,7 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
-from steadyvq.cli.common import EXIT_INTERRUPTED, say, table
+from steadyvq.cli.common import EXIT_FAILED, EXIT_INTERRUPTED, say, table
+from steadyvq.experiments.arms import ArmFailed
 from steadyvq.experiments.demo import NOTE, run_demo
 from steadyvq.report import comparison_table, write_report
 from steadyvq.training.config import RunConfig, read_recipe, resolve
@@ -106,9 +107,12 @@ def demo(arguments: argparse.Namespace) -> int:
     arms = arguments.arms.split(",") if arguments.arms else None
     try:
         runs = run_demo(arguments.out, data=arguments.data, arms=arms, seed=arguments.seed, sets=arguments.set)
-    except Interrupted as stop:
-        say(f"{stop}\nstart again with: steadyvq demo --out ANOTHER_FOLDER")
-        return EXIT_INTERRUPTED if stop.signal == signal.SIGINT else 0
+    except KeyboardInterrupt:
+        say(f"stopped; every arm that ran has saved a checkpoint: steadyvq train --resume {arguments.out}/ARM")
+        return EXIT_INTERRUPTED
+    except ArmFailed as error:
+        say(f"steadyvq demo: {error}; its message stands above")
+        return EXIT_FAILED
     page = write_report(runs, arguments.out / "report.html", title="A codebook dies, ours lives", note=NOTE)
     table(comparison_table(runs))
     say(f"pictures and curves: {page}")

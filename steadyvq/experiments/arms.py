@@ -10,10 +10,12 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +27,7 @@ from steadyvq.training.strict import merge
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 15.0
+GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def train_arms(arms: Sequence[Arm], workers: int | None = None) -> None:
     running: dict[str, BaseProcess] = {}
     context = multiprocessing.get_context("spawn")
     limit = workers or _default_workers()
-    with _Watch(arms) as watch:
+    with _Watch(arms) as watch, _terminated_as_interrupted():
         try:
             while waiting or running:
                 while waiting and len(running) < limit:
@@ -104,8 +107,12 @@ def train_arms(arms: Sequence[Arm], workers: int | None = None) -> None:
                     if exitcode is not None:
                         running.pop(name)
                         _check(name, exitcode)
+        except KeyboardInterrupt:
+            # Ctrl-C on a terminal reaches the arms too; asked a second time they would stop without saving.
+            _stop(list(running.values()), grace=GRACE_SECONDS)
+            raise
         except BaseException:
-            _stop(list(running.values()))
+            _stop(list(running.values()), grace=0.0)
             raise
 
 
@@ -122,8 +129,29 @@ def _check(name: str, exitcode: int) -> None:
         raise ArmFailed(f"the arm in {name} ended with exit code {exitcode}")
 
 
-def _stop(processes: Sequence[BaseProcess]) -> None:
-    """Asks the remaining arms to save and stop, and waits for them."""
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Turns SIGTERM into KeyboardInterrupt, so that the arms do not outlive this process."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread: the caller handles its signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _stop(processes: Sequence[BaseProcess], grace: float) -> None:
+    """Waits a while for the arms to end by themselves, asks those that are left to save and stop, and waits for them."""
+    deadline = time.monotonic() + grace
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
     for process in processes:
         if process.pid is not None and process.is_alive():
             os.kill(process.pid, signal.SIGTERM)

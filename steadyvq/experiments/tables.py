@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ def _spread(row: dict[str, Any], name: str, form: str, scale: float = 1.0) -> st
     return shown if spread is None else f"{shown} ± {format(spread * scale, form)}"
 
 
-def collapse_table() -> str:
-    """Arms of the collapse experiment: mean and standard deviation over seeds."""
+def arms_table(name: str) -> str:
+    """Arms of a comparison: mean and standard deviation over seeds."""
     rows = [
         [
             f"`{row['arm']}`",
@@ -57,12 +58,16 @@ def collapse_table() -> str:
             _spread(row, "psnr", ".2f"),
             _spread(row, "relative_error", ".3f"),
         ]
-        for row in evidence("collapse")["summary"]
+        for row in evidence(name)["summary"]
     ]
     return markdown(["arm", "codes used, % of ceiling", "perplexity", "PSNR, dB", "relative error"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"methods": method_table, "collapse": collapse_table}
+TABLES: dict[str, Callable[[], str]] = {
+    "methods": method_table,
+    "collapse": partial(arms_table, "collapse"),
+    "tuning": partial(arms_table, "tuning"),
+}
 
 
 def documents() -> list[Path]:
