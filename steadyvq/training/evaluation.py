@@ -28,7 +28,7 @@ class Evaluation:
         metrics: psnr, psnr_low, psnr_high (dB), ssim, utilization, ceiling, active, tokens, num_codes, perplexity,
             relative_error.
         counts: Hits per code (K,).
-        originals: Some of the evaluated images.
+        originals: Some of the evaluated images, spread evenly over all of them.
         reconstructions: What the tokenizer made of them.
     """
 
@@ -51,6 +51,7 @@ def evaluate(tokenizer: Tokenizer, crops: EvaluationCrops, batch_size: int) -> E
     meter = UsageMeter(tokenizer.quantizer.num_codes)
     quality = ImageQuality()
     shown: list[tuple[Tensor, Tensor]] = []
+    picked = range(0, len(crops), max(1, len(crops) // SHOWN))[:SHOWN]
     error = total = squares = 0.0
     sums = torch.zeros(tokenizer.quantizer.dim, dtype=torch.float64)
     for start, images in zip(range(0, len(crops), batch_size), crops.batches(batch_size), strict=True):
@@ -63,8 +64,8 @@ def evaluate(tokenizer: Tokenizer, crops: EvaluationCrops, batch_size: int) -> E
         squares += float(z.square().sum())
         sums += z.sum(0)
         total += len(z)
-        if start < SHOWN:
-            shown.append((to_uint8(images), to_uint8(reconstruction)))
+        some = [i - start for i in picked if start <= i < start + len(images)]
+        shown.append((to_uint8(images[some]), to_uint8(reconstruction[some])))
     usage, report = meter.report(), quality.report()
     spread = squares - float(sums.square().sum()) / total
     metrics = {
@@ -80,7 +81,7 @@ def evaluate(tokenizer: Tokenizer, crops: EvaluationCrops, batch_size: int) -> E
         "perplexity": usage.perplexity,
         "relative_error": error / spread if spread > 0 else None,
     }
-    originals, reconstructions = (torch.cat(images)[:SHOWN] for images in zip(*shown, strict=True))
+    originals, reconstructions = (torch.cat(images) for images in zip(*shown, strict=True))
     return Evaluation(metrics, meter.counts, originals, reconstructions)
 
 
