@@ -4,7 +4,7 @@
 from steadyvq.quantizers.base import Assignment, Quantized, Quantizer
 from steadyvq.quantizers.codebooks import Codebook, FreeCodebook, FrozenCodebook, LinearCodebook
 from steadyvq.quantizers.compose import compose
-from steadyvq.quantizers.registry import Method, build_quantizer, list_quantizers, methods, register
+from steadyvq.quantizers.registry import Method, accepts, build_quantizer, list_quantizers, methods, register
 from steadyvq.quantizers.vector import VectorQuantizer
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "VectorQuantizer",
+    "accepts",
     "build_quantizer",
     "compose",
     "list_quantizers",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import pkgutil
 import sys
@@ -93,6 +94,13 @@ def build_quantizer(name: str, *, num_codes: int, dim: int, **overrides: Any) ->
         raise ValueError(f"{name} returned a {type(quantizer).__name__}, but it must return a steadyvq.Quantizer")
     quantizer.spec = _spec(name, num_codes, dim, overrides)
     return quantizer
+
+
+def accepts(name: str, option: str) -> bool:
+    """Whether a method takes an override of that name."""
+    build = _own(name) if ":" in name else look_up("quantizer", name, methods()).build
+    parameters = inspect.signature(build).parameters
+    return option in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _spec(name: str, num_codes: int, dim: int, overrides: dict[str, Any]) -> dict[str, Any] | None:

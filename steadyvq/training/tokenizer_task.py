@@ -12,7 +12,7 @@ from torch.optim import Adam, Optimizer
 from steadyvq.data import Collection, CropDataset, EvaluationCrops, load_collection
 from steadyvq.metrics import Probe, write_record
 from steadyvq.models import Tokenizer
-from steadyvq.quantizers import Codebook, Quantized, Quantizer, VectorQuantizer, build_quantizer
+from steadyvq.quantizers import Codebook, Quantized, Quantizer, VectorQuantizer, accepts, build_quantizer
 from steadyvq.report import picture_grid
 from steadyvq.training.average import WeightAverage
 from steadyvq.training.config import RunConfig
@@ -28,8 +28,7 @@ def build_tokenizer(config: RunConfig) -> Tokenizer:
     """The tokenizer of a configuration, initialised from its seed."""
     settings = config.quantizer
     options = {**settings.options, "channel_axis": 1}
-    if ":" not in settings.name:
-        # A function of the user's own takes what the configuration names and no more.
+    if accepts(settings.name, "seed"):
         options = {"seed": config.seed, **options}
     quantizer = build_quantizer(settings.name, num_codes=settings.num_codes, dim=settings.dim, **options)
     with torch.random.fork_rng(devices=[]):
