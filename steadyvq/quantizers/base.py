@@ -53,6 +53,7 @@ class Assignment:
         num_valid: Number of latents that are not masked, the denominator of every mean (0-d; summed over processes).
         temperature: tau of soft assignments, in units of the squared distance (0-d).
         row_weight: 1 for a valid latent, 0 for a masked one (N,); None if nothing is masked.
+        reduce: Sums a tensor over the processes of a run.
         stats: Detached numbers about this assignment, by name, filled by the losses that know them.
     """
 
@@ -64,10 +65,16 @@ class Assignment:
     num_valid: Tensor
     temperature: Tensor
     row_weight: Tensor | None = None
+    reduce: Reduce = no_reduce
     stats: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def counted(self) -> Tensor:
+        """Rows that statistics count (N,), bool: not masked, and finite, so that one broken latent spoils no code."""
+        return (self.indices >= 0) & self.distance.isfinite()
+
     def mean(self, per_latent: Tensor) -> Tensor:
-        """The mean of a value per latent (N,) over the valid latents (of all processes)."""
+        """This process's share of the mean of a value per latent (N,) over the valid latents of all processes."""
         total = per_latent if self.row_weight is None else per_latent * self.row_weight
         return total.sum() / self.num_valid
 
@@ -107,11 +114,11 @@ class Quantized:
 
 def _register_pytree(cls: type) -> None:
     """Lets compilers and data-parallel wrappers see the tensors inside a dataclass."""
-    names = [f.name for f in fields(cls)]
+    names = [f.name for f in fields(cls) if f.name != "reduce"]
     _pytree.register_pytree_node(
         cls,
-        lambda record: ([getattr(record, name) for name in names], None),
-        lambda values, _: cls(*values),
+        lambda record: ([getattr(record, name) for name in names], getattr(record, "reduce", None)),
+        lambda values, reduce: cls(**dict(zip(names, values, strict=True)), **({"reduce": reduce} if reduce else {})),
         serialized_type_name=f"steadyvq.{cls.__name__}",
     )
 
@@ -147,7 +154,7 @@ class Quantizer(nn.Module, ABC):
         self.dim = dim
         self.channel_axis = channel_axis
         self.reduce: Reduce = no_reduce
-        self._forwards_since_update = 0
+        self._forwards_without_update: int | None = 0
 
     @abstractmethod
     def forward(self, latents: Tensor, mask: Tensor | None = None) -> Quantized:
@@ -168,7 +175,7 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, indices: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """The codes of `indices` (any shape), with the feature axis at `channel_axis`; -1 gives zeros.
+        """The codes of `indices` (any shape, integers), with the feature axis at `channel_axis`; -1 gives zeros.
 
         `decode(out.indices, dtype=latents.dtype)` is `torch.equal` to `out.z_q`, in training and in evaluation.
         """
@@ -178,8 +185,13 @@ class Quantizer(nn.Module, ABC):
         """The effective table (K, d), the one that look-up and decode both use, without gradient."""
 
     @abstractmethod
-    def init_from(self, latents: Tensor, *, method: str = "kmeans", seed: int | None = None) -> None:
-        """Places the codes on data: `data` (a random subset of the latents) or `kmeans` (k-means++ and Lloyd)."""
+    def init_from(
+        self, latents: Tensor, mask: Tensor | None = None, *, method: str = "kmeans", seed: int | None = None
+    ) -> None:
+        """Places the codes on data: `data` (a random subset of the latents) or `kmeans` (k-means++ and Lloyd).
+
+        Call it before training: it knows no optimiser whose moments it could reset.
+        """
 
     @abstractmethod
     def bake(self) -> Quantizer:
@@ -201,10 +213,18 @@ class Quantizer(nn.Module, ABC):
         Returns:
             What happened, by name (for example `replaced`: number of codes).
         """
-        self._forwards_since_update = 0
+        batch = [out] if isinstance(out, Quantized) else list(out)
+        if not all(isinstance(item, Quantized) for item in batch):
+            raise ValueError(
+                "update was not given what forward returned: pass `out`, or the list of the step's outputs"
+            )
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(
+                f"optimizer is a {type(optimizer).__name__}, but update takes the codebook's torch optimizer"
+            )
+        self._forwards_without_update = None
         if not self.training:
             return {}
-        batch = [out] if isinstance(out, Quantized) else list(out)
         with torch.no_grad():
             return self._update([item.assignment for item in batch], optimizer, ema)
 
@@ -219,6 +239,7 @@ class Quantizer(nn.Module, ABC):
         weights: Mapping[str, float] | None = None,
         paused: Sequence[str] = (),
         estimator: str | None = None,
+        frozen: bool = False,
     ) -> None:
         """Applies the settings of a training stage; what is not named goes back to how the layer was built.
 
@@ -226,16 +247,19 @@ class Quantizer(nn.Module, ABC):
             weights: Loss weights by name that differ in this stage.
             paused: Names of maintenance that rests in this stage (names that the layer lacks are ignored).
             estimator: Name of the gradient estimator of this stage.
+            frozen: All maintenance rests: nothing moves the codes.
         """
         if any(value != 0 for value in (weights or {}).values()):
             raise ValueError(f"{type(self).__name__} has no losses to weight: leave out `weights` in this stage")
 
     def _remind(self) -> None:
         """Warns once when a layer that needs `update` has been trained without it."""
-        if not (self.training and self.needs_update and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if self._forwards_without_update is None or torch.compiler.is_compiling():
             return
-        self._forwards_since_update += 1
-        if self._forwards_since_update == UPDATE_REMINDER_AFTER:
+        if not (self.training and self.needs_update and torch.is_grad_enabled()):
+            return
+        self._forwards_without_update += 1
+        if self._forwards_without_update == UPDATE_REMINDER_AFTER:
             warnings.warn(
                 f"{UPDATE_REMINDER_AFTER} training forwards without `update`: call `quantizer.update(out, optimizer)` "
                 "after every optimizer.step(), or its moving averages and dead codes are never attended to",

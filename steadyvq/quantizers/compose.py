@@ -9,6 +9,7 @@ is SimVQ with the non-stationary loss. A preset is such a description; overrides
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 
 from steadyvq.quantizers.codebooks import CODEBOOKS, INITS, Codebook
 from steadyvq.quantizers.losses import LOSSES, Loss
-from steadyvq.quantizers.maintenance import MAINTENANCE, CalibrateTemperature, Maintenance
+from steadyvq.quantizers.maintenance import MAINTENANCE, Maintenance
 from steadyvq.quantizers.names import look_up
 from steadyvq.quantizers.vector import VectorQuantizer
 
@@ -56,6 +57,7 @@ def compose(num_codes: int, dim: int, preset: Description, overrides: Descriptio
         look_up("option", key, DEFAULTS)
         given[key] = _merge(given[key], value) if key in ("losses", "maintenance") else value
     _check_size(num_codes, dim)
+    _check_options(given)
     generator = torch.Generator().manual_seed(given["seed"])
     codes = given["codebook"]
     if not isinstance(codes, Codebook):
@@ -71,7 +73,8 @@ def compose(num_codes: int, dim: int, preset: Description, overrides: Descriptio
     if isinstance(temperature, Mapping):
         options = dict(temperature)
         temperature = options.pop("start", DEFAULTS["temperature"])
-        maintenance["temperature"] = _call("temperature", CalibrateTemperature, options)
+        _check_number("temperature.start", temperature)
+        maintenance["temperature"] = _maintenance("temperature", options, num_codes, dim)
     return VectorQuantizer(
         codes,
         losses=losses,
@@ -88,6 +91,25 @@ def _check_size(num_codes: int, dim: int) -> None:
     for name, value in (("num_codes", num_codes), ("dim", dim)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}, but a quantizer needs a positive integer")
+
+
+def _check_options(given: Description) -> None:
+    """Types of the options that are no parts."""
+    for name in ("channel_axis", "seed"):
+        if not isinstance(given[name], int) or isinstance(given[name], bool):
+            raise ValueError(f"{name} is {given[name]!r}, but it needs an integer")
+    for name in ("init", "assign", "estimator"):
+        if not isinstance(given[name], str):
+            raise ValueError(f"{name} is {given[name]!r}, but it needs a name")
+    if not isinstance(given["codebook"], str | Codebook):
+        raise ValueError(f"codebook is {given['codebook']!r}, but it needs a name or a Codebook")
+    if not isinstance(given["temperature"], Mapping):
+        _check_number("temperature", given["temperature"])
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, but it needs a number, or {{'effective_losers': n}} to be calibrated")
 
 
 def _merge(preset: Mapping[str, Any], override: Any) -> dict[str, Any]:
@@ -130,8 +152,7 @@ def _call(what: str, make: Callable[..., Any], options: dict[str, Any]) -> Any:
     known = inspect.signature(make).parameters
     for key, value in options.items():
         default = look_up(f"setting of {what}", key, known).default
-        if isinstance(default, bool) != isinstance(value, bool) or (
-            isinstance(default, int | float) and not isinstance(value, int | float)
-        ):
+        kinds: tuple[type, ...] = (int, float) if isinstance(default, float) else (type(default),)
+        if isinstance(default, bool) != isinstance(value, bool) or not isinstance(value, kinds):
             raise ValueError(f"{key} of {what} is {value!r}, but it needs a value like {default!r}")
     return make(**options)

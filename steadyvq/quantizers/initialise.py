@@ -44,7 +44,9 @@ def place(latents: Tensor, num_codes: int, method: str, generator: torch.Generat
 def _repeat(latents: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
     rows = latents[torch.arange(num_codes, device=latents.device) % latents.shape[0]]
     spread = (latents - latents.mean(0)).square().mean().sqrt()
-    noise = torch.randn(rows.shape, generator=generator).to(rows) * (0.01 * spread)
+    # A single latent has no spread; its size says what a small jitter is.
+    scale = torch.maximum(spread, latents.square().mean().sqrt()).clamp_min(1e-6) if spread == 0 else spread
+    noise = torch.randn(rows.shape, generator=generator).to(rows) * (0.01 * scale)
     noise[: latents.shape[0]] = 0
     return rows + noise
 

@@ -82,7 +82,7 @@ class NonStationary:
     detach_latents: bool = True
 
     def __call__(self, a: Assignment) -> Tensor:
-        """The non-stationary loss (0-d); notes winner mass, effective losers and the largest gradient in `a.stats`."""
+        """The non-stationary loss (0-d); notes winner mass, effective losers and the largest (unweighted) gradient."""
         out = kernels.non_stationary(
             a.z,
             a.table,
@@ -91,13 +91,14 @@ class NonStationary:
             row_weight=a.row_weight,
             denominator=a.num_valid,
             per_code=self.per_code,
+            reduce=a.reduce,
             prior=self.prior,
             squared=self.squared,
             detach_latents=self.detach_latents,
         )
-        a.stats["winner_mass"] = a.mean(out.winner_mass)
-        a.stats["effective_losers"] = a.mean(out.effective_losers.clamp_min(1).log()).exp()
-        a.stats["ns_grad_max"] = out.grad_max * self.weight
+        a.stats["winner_mass"] = a.reduce(a.mean(out.winner_mass))
+        a.stats["effective_losers"] = a.reduce(a.mean(out.effective_losers.clamp_min(1).log())).exp()
+        a.stats["ns_grad_max"] = out.grad_max
         return out.loss
 
 

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from steadyvq.quantizers.base import Assignment, Reduce
 from steadyvq.quantizers.codebooks import Codebook, FrozenCodebook
 
+TEMPERATURE_MIN, TEMPERATURE_MAX = 1e-12, 1e12
+
 
 @dataclass
 class UpdateBatch:
@@ -124,7 +126,7 @@ class EMA(Maintenance):
         """Averages the latents of this step into the codes."""
         sums = torch.zeros_like(self.sums)
         for a in batch.assignments:
-            valid = a.indices >= 0
+            valid = a.counted
             sums.index_add_(0, a.indices[valid], a.z[valid].to(sums))
         self.counts.lerp_(batch.hits.to(self.counts), 1 - self.decay)
         self.sums.lerp_(batch.reduce(sums), 1 - self.decay)
@@ -172,10 +174,10 @@ class ReplaceDead(Maintenance):
         super().__init__()
         if donors not in ("distortion", "usage"):
             raise ValueError(f"donors is {donors!r}, but replacement draws its donors by 'distortion' or by 'usage'")
-        if not 0 < cap <= 1 or patience <= 0 or every < 1:
+        if not 0 < cap <= 1 or patience <= 0 or every < 1 or not 0 <= decay < 1 or jitter < 0:
             raise ValueError(
-                f"patience={patience}, every={every}, cap={cap}, but replacement needs patience > 0, every >= 1 and "
-                "0 < cap <= 1"
+                f"patience={patience}, every={every}, cap={cap}, jitter={jitter}, decay={decay}, but replacement needs "
+                "patience > 0, every >= 1, 0 < cap <= 1, jitter >= 0 and 0 <= decay < 1"
             )
         self.dim, self.patience, self.every, self.cap = dim, patience, every, cap
         self.donors, self.jitter, self.decay = donors, jitter, decay
@@ -208,6 +210,7 @@ class ReplaceDead(Maintenance):
         num_codes = self.idle.numel()
         dead = self.idle > self.patience * num_codes
         weight = torch.where(dead, 0.0, self.mass if self.donors == "distortion" else self.usage)
+        weight = torch.where(weight.isfinite(), weight, 0.0)
         limit = max(1, int(self.cap * num_codes))
         count = min(int(dead.sum()), int((weight > 0).sum()), limit)
         order = torch.sort(torch.where(dead, self.idle, -1), descending=True, stable=True).indices
@@ -237,14 +240,19 @@ class CalibrateTemperature(Maintenance):
     grows with tau, so log tau follows log(target / effective losers), at most a factor of 2 per update.
 
     Args:
-        effective_losers: The target, geometric mean over latents.
+        num_codes: K.
+        dim: d.
+        effective_losers: The target, geometric mean over latents; below K - 1, the number of losers.
         rate: Share of the log error that is corrected in one update.
     """
 
-    def __init__(self, *, effective_losers: float = 16.0, rate: float = 0.2) -> None:
+    def __init__(self, num_codes: int, dim: int, *, effective_losers: float = 16.0, rate: float = 0.2) -> None:
         super().__init__()
-        if effective_losers <= 1:
-            raise ValueError(f"effective_losers is {effective_losers}, but the target must be above 1")
+        if not 1 < effective_losers < num_codes - 1:
+            raise ValueError(
+                f"effective_losers is {effective_losers}, but with {num_codes} codes the target must lie between 1 and "
+                f"{num_codes - 1}, the number of losers"
+            )
         self.effective_losers, self.rate = effective_losers, rate
 
     def forward(self, batch: UpdateBatch) -> dict[str, float]:
@@ -255,8 +263,13 @@ class CalibrateTemperature(Maintenance):
         weight = [a.num_valid for a in batch.assignments if "effective_losers" in a.stats]
         log_seen = sum((s * w for s, w in zip(seen, weight, strict=True)), torch.zeros_like(seen[0])) / sum(weight)
         error = torch.log(torch.full_like(log_seen, self.effective_losers)) - log_seen
-        batch.temperature *= (self.rate * error).clamp(-0.693, 0.693).exp()
+        step = (self.rate * error).clamp(-0.693, 0.693).exp()
+        batch.temperature.mul_(torch.where(step.isfinite(), step, 1.0)).clamp_(TEMPERATURE_MIN, TEMPERATURE_MAX)
         return {}
 
 
-MAINTENANCE: dict[str, Callable[..., Maintenance]] = {"ema": EMA, "replace": ReplaceDead}
+MAINTENANCE: dict[str, Callable[..., Maintenance]] = {
+    "ema": EMA,
+    "replace": ReplaceDead,
+    "temperature": CalibrateTemperature,
+}

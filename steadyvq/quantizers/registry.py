@@ -31,24 +31,26 @@ class Method:
         build: `(num_codes, dim, **overrides) -> Quantizer`.
         paper: Where its equations come from.
         summary: One line for tables.
+        listed: Whether it is a method of its own (what `bake()` returns is none).
     """
 
     name: str
     build: Builder
     paper: str
     summary: str
+    listed: bool = True
 
 
 _METHODS: dict[str, Method] = {}
 
 
-def register(name: str, *, paper: str, summary: str) -> Callable[[Builder], Builder]:
+def register(name: str, *, paper: str, summary: str, listed: bool = True) -> Callable[[Builder], Builder]:
     """Registers a builder under a name."""
 
     def add(build: Builder) -> Builder:
         if name in _METHODS:
             raise ValueError(f"a method named {name!r} is registered already")
-        _METHODS[name] = Method(name, build, paper, summary)
+        _METHODS[name] = Method(name, build, paper, summary, listed)
         return build
 
     return add
@@ -63,7 +65,11 @@ def _load_methods() -> None:
 
 
 def methods() -> dict[str, Method]:
-    """All registered methods by name, sorted."""
+    """All methods by name, sorted."""
+    return {name: method for name, method in _registered().items() if method.listed}
+
+
+def _registered() -> dict[str, Method]:
     _load_methods()
     return dict(sorted(_METHODS.items()))
 
@@ -88,8 +94,18 @@ def build_quantizer(name: str, *, num_codes: int, dim: int, **overrides: Any) ->
     Raises:
         ValueError: Unknown names or values that cannot work, with the nearest known name.
     """
-    build = _own(name) if ":" in name else look_up("quantizer", name, methods()).build
-    quantizer = build(num_codes, dim, **overrides)
+    build = _own(name) if ":" in name else look_up("quantizer", name, _registered()).build
+    try:
+        quantizer = build(num_codes, dim, **overrides)
+    except ValueError:
+        raise
+    except Exception as error:
+        if ":" not in name:
+            raise
+        given = ", ".join(overrides) or "no overrides"
+        raise ValueError(
+            f"quantizer {name!r}: calling it with num_codes, dim and {given} failed with {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(quantizer, Quantizer):
         raise ValueError(f"{name} returned a {type(quantizer).__name__}, but it must return a steadyvq.Quantizer")
     quantizer.spec = _spec(name, num_codes, dim, overrides)
@@ -98,7 +114,7 @@ def build_quantizer(name: str, *, num_codes: int, dim: int, **overrides: Any) ->
 
 def accepts(name: str, option: str) -> bool:
     """Whether a method takes an override of that name."""
-    build = _own(name) if ":" in name else look_up("quantizer", name, methods()).build
+    build = _own(name) if ":" in name else look_up("quantizer", name, _registered()).build
     parameters = inspect.signature(build).parameters
     return option in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 

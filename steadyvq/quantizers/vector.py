@@ -11,6 +11,7 @@ Published methods are combinations along five seams, so a method is a choice of 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -70,6 +71,8 @@ class VectorQuantizer(Quantizer):
             raise ValueError(f"temperature is {temperature}, but a softmax needs a positive temperature")
         self.codes = codes
         self.losses = dict(losses or {})
+        # A loss may be a module with parameters of its own; then they are trained and saved with the layer.
+        self.loss_modules = nn.ModuleDict({n: loss for n, loss in self.losses.items() if isinstance(loss, nn.Module)})
         self.maintenance = nn.ModuleDict(maintenance or {})
         self.assign = look_up("assignment", assign, ASSIGNMENTS)
         self.estimator = look_up("estimator", estimator, ESTIMATORS)
@@ -80,6 +83,7 @@ class VectorQuantizer(Quantizer):
         self._built_estimator = estimator
         self._weights: dict[str, float] = {}
         self._paused: frozenset[str] = frozenset()
+        self._optimizer_checked = False
         for part in self._parts():
             part.check(codes)
             part.rows_set(table)
@@ -97,13 +101,14 @@ class VectorQuantizer(Quantizer):
         weights: Mapping[str, float] | None = None,
         paused: Sequence[str] = (),
         estimator: str | None = None,
+        frozen: bool = False,
     ) -> None:
         """See `Quantizer.configure`. A weight of 0 for a loss that this method lacks is fine, any other is refused."""
         for name, value in (weights or {}).items():
             if value != 0:
                 look_up("loss of this quantizer", name, self.losses)
         self._weights = dict(weights or {})
-        self._paused = frozenset(paused)
+        self._paused = frozenset(self.maintenance if frozen else paused)
         self.estimator = look_up("estimator", estimator or self._built_estimator, ESTIMATORS)
 
     def forward(self, latents: Tensor, mask: Tensor | None = None) -> Quantized:
@@ -147,6 +152,7 @@ class VectorQuantizer(Quantizer):
             num_valid=self.reduce(num_valid).clamp_min(1),
             temperature=self.temperature,
             row_weight=weight,
+            reduce=self.reduce,
         )
 
     def _grid(self, latents: Tensor) -> tuple[int, ...]:
@@ -163,10 +169,22 @@ class VectorQuantizer(Quantizer):
         """See `Quantizer.decode`."""
         with torch.autocast(indices.device.type, enabled=False):
             table = self.codes()
+            self._check_indices(indices)
             flat = indices.reshape(-1)
             rows = nn.functional.embedding(flat.clamp_min(0), table)
             rows = torch.where((flat >= 0)[:, None], rows, 0.0)
             return from_rows(rows, indices.shape, self.channel_axis).to(dtype or table.dtype)
+
+    def _check_indices(self, indices: Tensor) -> None:
+        if indices.is_floating_point() or indices.dtype == torch.bool:
+            raise ValueError(f"indices have dtype {indices.dtype}, but codes are named by integers")
+        # On an accelerator the look at the values would wait for the device, and the device checks by itself.
+        looked_at = indices.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel() > 0
+        if looked_at and (int(indices.max()) >= self.num_codes or int(indices.min()) < -1):
+            raise ValueError(
+                f"indices run from {int(indices.min())} to {int(indices.max())}, but this quantizer has {self.num_codes} "
+                "codes: decode with the quantizer that encoded them"
+            )
 
     @torch.no_grad()
     def codebook(self) -> Tensor:
@@ -175,9 +193,14 @@ class VectorQuantizer(Quantizer):
         return table.clone()
 
     @torch.no_grad()
-    def init_from(self, latents: Tensor, *, method: str = "kmeans", seed: int | None = None) -> None:
+    def init_from(
+        self, latents: Tensor, mask: Tensor | None = None, *, method: str = "kmeans", seed: int | None = None
+    ) -> None:
         """See `Quantizer.init_from`."""
         rows = to_rows(latents.detach(), self.dim, self.channel_axis, self.codes.base.dtype)
+        if mask is not None:
+            check_mask(mask, latents, self.channel_axis)
+            rows = rows[mask.reshape(-1)]
         generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
         table = place(rows.to(self.codes.base.device), self.num_codes, method, generator)
         self.codes.set_rows_(table)
@@ -187,6 +210,12 @@ class VectorQuantizer(Quantizer):
     def bake(self) -> Quantizer:
         """See `Quantizer.bake`."""
         baked = VectorQuantizer(FrozenCodebook(self.codebook()), channel_axis=self.channel_axis)
+        baked.spec = {
+            "name": "baked",
+            "num_codes": self.num_codes,
+            "dim": self.dim,
+            "channel_axis": self.channel_axis,
+        }
         return baked.to(self.codes.base.device).train(self.training)
 
     def _update(
@@ -199,7 +228,7 @@ class VectorQuantizer(Quantizer):
             torch.zeros(self.num_codes, dtype=a.dtype, device=a.device) for a in [batch[0].distance] * 2
         )
         for a in batch:
-            valid = a.indices >= 0
+            valid = a.counted
             hits.index_add_(0, a.indices[valid], torch.ones_like(a.distance[valid]))
             distortion.index_add_(0, a.indices[valid], a.distance[valid])
         hits = self.reduce(hits)
@@ -227,6 +256,18 @@ class VectorQuantizer(Quantizer):
             if name not in self._paused:
                 events |= part(step)
         return events
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        if optimizer is None or not self.codes.trainable or self._optimizer_checked:
+            return
+        self._optimizer_checked = True
+        if all(p is not self.codes.base for group in optimizer.param_groups for p in group["params"]):
+            warnings.warn(
+                "update was given an optimizer that does not hold the codebook: the moments of replaced codes stay as "
+                "they are; pass the optimizer of `quantizer.parameters()`",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def extra_repr(self) -> str:
         """The parts, for `print(model)`."""

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing files so that no reader, and no crash, ever meets half of one."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a temporary name in the same folder, then renames it to `path`; folders are made as needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays, since some writers choose their format by it; the name is short, whatever the target's length.
+    temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
