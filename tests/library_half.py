@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the README's first Python block where only torch and safetensors are installed beside our wheel.
 
-    python tests/library_half.py        with an interpreter that has torch, safetensors and the wheel (--no-deps)
+python tests/library_half.py        with an interpreter that has torch, safetensors and the wheel (--no-deps)
 """
 
 import importlib.util

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from steadyvq.data import Collection, CropDataset, EvaluationCrops, decode_image, load_collection, load_image, to_float
-from steadyvq.data.collection import split_by_name
+from steadyvq.data.collection import image_files, read_images, split_by_name
 from steadyvq.data.crops import FLAT_STD, uniforms
 from steadyvq.data.decode import MAX_PIXELS
 
@@ -214,9 +214,48 @@ def test_linked_folders_are_read_once(tmp_path: Path) -> None:
     assert load_collection(data).names == ("link/x.png",)
 
 
+def test_folders_of_runs_and_hidden_folders_hold_no_photographs(tmp_path: Path) -> None:
+    for name in ("a.png", "run/pictures/step.png", "half/b.png", ".cache/thumbnail.png", "more/.hidden/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(8, 8)).save(tmp_path / name)
+    (tmp_path / "run" / "config.yaml").touch()
+    (tmp_path / "run" / "log.jsonl").touch()
+    (tmp_path / "half" / "config.yaml").touch()
+    assert [name for name, _ in image_files(tmp_path)] == ["a.png", "half/b.png"]
+    assert load_collection(tmp_path).names == ("a.png", "half/b.png")
+    # A folder that the user names is read, whatever it is.
+    assert [name for name, _ in image_files(tmp_path / "run")] == ["pictures/step.png"]
+    assert [name for name, _ in image_files(tmp_path / ".cache")] == ["thumbnail.png"]
+
+
+def test_images_are_read_one_at_a_time(tmp_path: Path) -> None:
+    for name in ("a", "c", "d"):
+        Image.fromarray(noise(8, 8, seed=ord(name))).save(tmp_path / f"{name}.png")
+    (tmp_path / "b.png").write_bytes(b"nothing")
+    read: list[str] = []
+    skipped: list[tuple[str, str]] = []
+
+    def decode(path: Path) -> torch.Tensor:
+        read.append(path.name)
+        return decode_image(path)
+
+    images = read_images(image_files(tmp_path), decode, "here", skipped)
+    assert next(images)[0] == "a.png"
+    assert read == ["a.png"]
+    name, pixels = next(images)
+    assert (name, read) == ("c.png", ["a.png", "b.png", "c.png"])
+    assert torch.equal(pixels, as_tensor(noise(8, 8, seed=ord("c"))))
+    assert [name for name, _ in images] == ["d.png"]
+    assert [path for path, _ in skipped] == [str(tmp_path / "b.png")]
+    with pytest.raises(ValueError, match=r"none of the 1 images in 'here' could be read \(the first: not a PNG"):
+        list(read_images([("b.png", tmp_path / "b.png")], decode_image, "here", []))
+
+
 def test_folder_errors_are_one_clear_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no folder '.*gone': give an existing folder and put .png, .jpg or .webp"):
         load_collection(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"no folder ''"):
+        load_collection("")
     with pytest.raises(ValueError, match=r"has no images: put .png, .jpg or .webp files in it"):
         load_collection(tmp_path)
     for name in ("a.png", "b.png"):

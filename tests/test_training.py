@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stages, configurations, checkpoints, the moving average, and the loop itself on real photographs."""
 
+import hashlib
 import json
 import math
 import os
@@ -71,6 +72,23 @@ class TestStages:
             schedule.load_state_dict(state)
             changes += [schedule.step(i, 9, {"commitment": v}) for i, v in enumerate(curve[cut:], cut + 1)]
             assert changes == [False] * 5 + [True, True]
+
+    def test_what_the_user_froze_stays_frozen(self):
+        vq = steadyvq.build_quantizer("ema", num_codes=8, dim=2)
+        own, other = torch.nn.Linear(2, 2).requires_grad_(False), torch.nn.Linear(2, 2)
+        parts = {"encoder": [own, other], "quantizer": [vq]}
+        schedule = Schedule([Stage("a", Until(max_epochs=1), frozen=("encoder", "quantizer")), Stage("b")])
+        schedule.apply(parts, vq)
+        assert not other.weight.requires_grad
+        before = vq.codebook()
+        vq.update(vq(torch.randn(9, 2)))
+        assert torch.equal(vq.codebook(), before), "a frozen codebook rests, averages included"
+        schedule.step(1, 2, {})
+        schedule.apply(parts, vq)
+        assert other.weight.requires_grad
+        assert not own.weight.requires_grad
+        vq.update(vq(torch.randn(9, 2)))
+        assert not torch.equal(vq.codebook(), before)
 
     def test_wrong_settings_are_refused(self):
         with pytest.raises(ValueError, match="patience=0"):
@@ -323,15 +341,59 @@ class TestLoop:
         with pytest.raises(ValueError, match=r"another configuration \(differs in optim.lr\)"):
             Engine(TokenizerTask(other), RunFolder(run.path, other), resume=True)
 
+    def test_a_run_stopped_before_its_first_checkpoint_begins_anew(self, photos, tmp_path):
+        whole = train(photos, tmp_path / "whole")
+        cut = train(photos, tmp_path / "cut")
+        for path in cut.checkpoints.iterdir():
+            path.unlink()
+        Engine(TokenizerTask(cut.config), cut, resume=True, quiet=True).fit()
+        assert rows(cut) == rows(whole)
+
+    def test_a_broken_step_changes_nothing_and_is_counted(self, photos, tmp_path):
+        config = resolve(tiny_recipe(photos))
+        task = TokenizerTask(config)
+        run = RunFolder.create(tmp_path / "run", config, "test")
+        good = task.batch
+
+        def batch(epoch: int, index: int) -> torch.Tensor:
+            images = good(epoch, index)
+            return images * math.nan if (epoch, index) == (1, 1) else images
+
+        task.batch = batch  # type: ignore[method-assign]
+        Engine(task, run, quiet=True).fit()
+        assert [r.get("skipped") for r in rows(run, "train")] == [None, None, 1, None, None, None]
+        state = load_checkpoint(latest_checkpoint(run.checkpoints))["module"]
+        assert all(value.isfinite().all() for value in state.values())
+
+    def test_plateaus_watch_what_there_is(self, photos):
+        stages = [{"name": "a", "until": {"plateau": "comitment"}}, {"name": "b"}]
+        config = resolve(tiny_recipe(photos, stages=stages))
+        with pytest.raises(ValueError, match=r"plateau of stage 'a' 'comitment'.*did you mean 'commitment'"):
+            Engine(TokenizerTask(config), RunFolder(Path("unused"), config))
+
+
+def test_the_defaults_are_those_that_the_evidence_was_made_with():
+    """A changed default changes runs whose hash does not show it: make the evidence anew, then change this line."""
+    text = json.dumps(RunConfig().to_dict(), sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest()[:12] == "4fdef53fa13b"
+
+
+@pytest.mark.slow
+def test_a_diverged_run_stops_with_exit_code_3(tiny, steadyvq_command, tmp_path):
+    done = steadyvq_command("train", tiny, "--out", "run", "--set", "optim.lr=1e30", "--set", "epochs=9")
+    assert done.returncode == 3, done.stderr
+    assert "not finite in 10 steps in a row" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_an_interrupted_command_saves_and_resumes(tiny, tmp_path, number, code):
     command = [sys.executable, "-m", "steadyvq", "train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = subprocess.run(
-        [*command, tiny, "--out", "whole", "--set", "epochs=12", "--set", "eval_every=6"], cwd=tmp_path, env=environment
-    )
+    sets = ["--set", "epochs=40", "--set", "eval_every=20", "--set", "checkpoint_every=20"]
+    whole = subprocess.run([*command, tiny, "--out", "whole", *sets], cwd=tmp_path, env=environment)
     assert whole.returncode == 0
     process = subprocess.Popen(
         [*command, tiny, "--out", "cut", *sets],

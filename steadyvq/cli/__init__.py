@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import steadyvq
 
+# 0 done, 2 bad input, 3 the run failed (not finite, disk full), 130 interrupted by Ctrl-C.
 BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
 
 

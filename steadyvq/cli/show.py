@@ -3,14 +3,16 @@
 
 import argparse
 
-from steadyvq.cli.common import say, table
+from steadyvq.cli.common import check_output, say, table
 
 
 def report(arguments: argparse.Namespace) -> int:
     """Writes the report of one or several runs."""
     from steadyvq.report import comparison_table, write_report
 
-    page = write_report(arguments.runs, arguments.out or arguments.runs[0] / "report.html")
+    out = arguments.runs[0] / "report.html" if arguments.out is None else arguments.out
+    check_output(out)
+    page = write_report(arguments.runs, out)
     table(comparison_table(arguments.runs))
     say(f"report: {page}")
     return 0
@@ -21,7 +23,18 @@ def listing(arguments: argparse.Namespace) -> int:
     if arguments.what == "recipes":
         from steadyvq.training.config import read_recipe, recipe_names
 
-        table([{"name": name, "what it is": read_recipe(name).get("title", "")} for name in recipe_names()])
+        recipes = {name: read_recipe(name) for name in recipe_names()}
+        table(
+            [
+                {
+                    "name": name,
+                    "kind": "comparison" if "arms" in recipe else "train",
+                    "what it is": recipe.get("title", ""),
+                }
+                for name, recipe in recipes.items()
+            ]
+        )
+        print("train: for `steadyvq train`; comparison: several arms, for `steadyvq demo` or steadyvq.experiments")
         return 0
     from steadyvq.quantizers import methods
 

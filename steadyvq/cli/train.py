@@ -5,14 +5,17 @@ import argparse
 import shlex
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from steadyvq.cli.common import EXIT_FAILED, EXIT_INTERRUPTED, say, table
+from steadyvq.cli import FAILED, INTERRUPTED
+from steadyvq.cli.common import say, table
+from steadyvq.data import BUILT_IN
 from steadyvq.experiments.arms import ArmFailed
 from steadyvq.experiments.demo import NOTE, run_demo
 from steadyvq.report import comparison_table, write_report
 from steadyvq.training.config import RunConfig, read_recipe, resolve
-from steadyvq.training.loop import Engine, Interrupted
+from steadyvq.training.loop import Diverged, Engine, Interrupted
 from steadyvq.training.run import RunFolder, check_free, differences
 from steadyvq.training.strict import merge
 from steadyvq.training.tokenizer_task import TokenizerTask
@@ -44,14 +47,27 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
             quantizer = {**quantizer, "name": arguments.quantizer, "options": {}}
         recipe = {**recipe, "quantizer": quantizer}
     overrides = {"data": {"source": arguments.data}} if arguments.data else {}
-    config = resolve(recipe, arguments.set, overrides)
-    if not config.title:
-        config = resolve(merge(recipe, {"title": Path(arguments.recipe).stem}), arguments.set, overrides)
-    return config
+    return _absolute(resolve(merge({"title": Path(arguments.recipe).stem}, recipe), arguments.set, overrides))
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """The configuration with absolute paths, so that a run means the same from every working directory."""
+    source, name = config.data.source, config.quantizer.name
+    if source != BUILT_IN:
+        source = str(Path(source).expanduser().resolve())
+    file, colon, function = name.rpartition(":")
+    if file.endswith(".py"):
+        name = f"{Path(file).expanduser().resolve()}{colon}{function}"
+    return replace(config, data=replace(config.data, source=source), quantizer=replace(config.quantizer, name=name))
 
 
 def _resume(arguments: argparse.Namespace) -> int:
     run = RunFolder.open(arguments.resume)
+    if arguments.out is not None:
+        raise ValueError("--out and --resume were both given: a resumed run goes on in its own folder, leave out --out")
+    if arguments.dry_run:
+        print(run.config.to_yaml(), end="")
+        return 0
     if arguments.recipe or arguments.set or arguments.data or arguments.quantizer:
         asked = _config(arguments) if arguments.recipe else _changed(run.config, arguments)
         changed = differences(asked.to_dict(), run.config.to_dict())
@@ -68,7 +84,7 @@ def _changed(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
     overrides: dict[str, object] = {"data": {"source": arguments.data}} if arguments.data else {}
     if arguments.quantizer:
         overrides["quantizer"] = {"name": arguments.quantizer}
-    return resolve(config.to_dict(), arguments.set, overrides)
+    return _absolute(resolve(config.to_dict(), arguments.set, overrides))
 
 
 def _tell_about_data(task: TokenizerTask) -> None:
@@ -93,9 +109,12 @@ def _fit(task: TokenizerTask, run: RunFolder, *, resume: bool) -> int:
     )
     try:
         engine.fit()
+    except Diverged as error:
+        say(f"steadyvq train: {error}")
+        return FAILED
     except Interrupted as stop:
         say(f"{stop}\nresume with: steadyvq train --resume {shlex.quote(str(run.path))}")
-        return EXIT_INTERRUPTED if stop.signal == signal.SIGINT else 0
+        return INTERRUPTED if stop.signal == signal.SIGINT else 0
     page = write_report([run.path], run.path / "report.html")
     table(comparison_table([run.path]))
     say(f"report: {page}")
@@ -108,11 +127,13 @@ def demo(arguments: argparse.Namespace) -> int:
     try:
         runs = run_demo(arguments.out, data=arguments.data, arms=arms, seed=arguments.seed, sets=arguments.set)
     except KeyboardInterrupt:
-        say(f"stopped; every arm that ran has saved a checkpoint: steadyvq train --resume {arguments.out}/ARM")
-        return EXIT_INTERRUPTED
+        say(
+            f"stopped; every arm that ran has saved a checkpoint: steadyvq train --resume {shlex.quote(str(arguments.out))}/ARM"
+        )
+        return INTERRUPTED
     except ArmFailed as error:
         say(f"steadyvq demo: {error}; its message stands above")
-        return EXIT_FAILED
+        return FAILED
     page = write_report(runs, arguments.out / "report.html", title="A codebook dies, ours lives", note=NOTE)
     table(comparison_table(runs))
     say(f"pictures and curves: {page}")

@@ -2,40 +2,48 @@
 """`steadyvq eval`, `encode` and `decode`: a trained tokenizer at work."""
 
 import argparse
-import json
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from numpy.lib.npyio import NpzFile
 from PIL import Image
 
-from steadyvq.cli.common import open_tokenizer, say, table
-from steadyvq.data import EvaluationCrops, load_collection, to_float
+from steadyvq.cli.common import check_output, open_tokenizer, say, table
+from steadyvq.data import EvaluationCrops, decode_image, load_collection, to_float
+from steadyvq.data.collection import image_files, read_images
 from steadyvq.data.decode import centre_square
-from steadyvq.metrics import to_uint8, write_record
+from steadyvq.files import write_atomically
+from steadyvq.metrics import read_record, to_uint8, write_record
+from steadyvq.models import Tokenizer
 from steadyvq.training.evaluation import evaluate, record_of
 from steadyvq.training.progress import ProgressReport
-from steadyvq.training.run import write_atomically
 
 BATCH = 32
+NAME_BYTES = 100
+"""Longest part of a photograph's name in the name of a decoded picture; file systems end at 255 in all."""
 
 
 def evaluate_run(arguments: argparse.Namespace) -> int:
     """Measures a tokenizer on photographs and writes a record."""
     tokenizer, config = open_tokenizer(arguments.run, arguments.quantizer)
-    source = arguments.data or (config.data.source if config else None)
+    source = config.data.source if arguments.data is None and config else arguments.data
     if source is None:
         raise ValueError(f"{arguments.run} is no run folder, so it names no data: pass --data FOLDER")
-    crop = arguments.crop or (config.data.crop_size if config else 128)
-    count = arguments.count or (config.data.eval_crops if config else 320)
+    crop = _positive("--crop", arguments.crop, config.data.crop_size if config else 128)
+    count = _positive("--count", arguments.count, config.data.eval_crops if config else 320)
+    name = f"eval-{Path(source).name}-{arguments.split}-{crop}.json"
+    folder = arguments.run / "evaluations" if config else arguments.run
+    out = folder / name if arguments.out is None else arguments.out
+    check_output(out)
     max_side = config.data.max_side if config else None
     photographs = load_collection(source, min_side=crop, max_side=max_side).split(arguments.split)
     crops = EvaluationCrops(photographs, crop, count)
     result = evaluate(tokenizer, crops, BATCH)
     record = record_of(result, crops, config.hash() if config else "", _step(arguments.run))
-    name = f"eval-{Path(source).name}-{arguments.split}-{crop}.json"
-    folder = arguments.run / "evaluations" if config else arguments.run
-    out = arguments.out or folder / name
     write_record(out, record)
     m = result.metrics
     row = {
@@ -51,43 +59,64 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _positive(option: str, given: int | None, default: int) -> int:
+    value = default if given is None else given
+    if value < 1:
+        raise ValueError(f"{option} is {value}, but it must be at least 1")
+    return value
+
+
 def _step(run: Path) -> int:
     """The step of the newest evaluation, which is when the tokenizer was saved."""
     records = sorted((run / "evaluations").glob("step-*.json"))
-    return int(json.loads(records[-1].read_text())["step"]) if records else 0
+    return read_record(records[-1]).step if records else 0
 
 
 def encode(arguments: argparse.Namespace) -> int:
     """Turns a folder of images into an .npz file of tokens."""
     tokenizer, config = open_tokenizer(arguments.run, arguments.quantizer)
-    size = arguments.size or (config.data.crop_size if config else 128)
+    size = _positive("--size", arguments.size, config.data.crop_size if config else 128)
     if arguments.out.suffix != ".npz":
         raise ValueError(f"--out is {arguments.out}, but tokens go into an .npz file: name one")
-    photographs = load_collection(arguments.data, min_side=size)
-    squares = torch.stack([centre_square(image, size) for image in photographs.images])
-    tokens = []
-    with ProgressReport("encode", len(squares)) as progress:
-        for start in range(0, len(squares), BATCH):
-            tokens.append(tokenizer.encode(to_float(squares[start : start + BATCH])))
-            for _ in tokens[-1]:
-                progress.advance()
-    indices = torch.cat(tokens).numpy()
-    names = np.array(photographs.names)
+    check_output(arguments.out)
+    indices, names, skipped = _encode_files(tokenizer, arguments.data, size)
     codes = np.array(tokenizer.quantizer.num_codes)
 
     def write(path: Path) -> None:
         with path.open("wb") as file:
-            np.savez_compressed(file, tokens=indices, names=names, num_codes=codes)
+            np.savez_compressed(file, tokens=indices, names=np.array(names), num_codes=codes)
 
     write_atomically(arguments.out, write)
-    for path, reason in photographs.skipped:
+    for path, reason in skipped:
         say(f"skipped {path}: {reason}")
     say(f"{len(indices)} images as {indices.shape[1]}x{indices.shape[2]} tokens each: {arguments.out}")
     return 0
 
 
+def _encode_files(
+    tokenizer: Tokenizer, data: str, size: int
+) -> tuple[npt.NDArray[np.int64], list[str], list[tuple[str, str]]]:
+    """Tokens (images, h, w), names, and what was skipped; no more than a batch of photographs is in memory."""
+    files = image_files(data)
+    tokens, names, skipped = [], [], list[tuple[str, str]]()
+    with ProgressReport("encode", len(files)) as progress:
+
+        def square(path: Path) -> torch.Tensor:
+            try:
+                return centre_square(decode_image(path), size)
+            finally:
+                progress.advance()
+
+        images = read_images(files, square, data, skipped)
+        while batch := list(islice(images, BATCH)):
+            names += [name for name, _ in batch]
+            tokens.append(tokenizer.encode(to_float(torch.stack([image for _, image in batch]))))
+    return torch.cat(tokens).numpy(), names, skipped
+
+
 def decode(arguments: argparse.Namespace) -> int:
     """Turns an .npz file of tokens into PNG files."""
+    check_output(arguments.out, folder=True)
     tokenizer, _ = open_tokenizer(arguments.run, arguments.quantizer)
     tokens, names = _read_tokens(arguments.tokens, tokenizer.quantizer.num_codes)
     with ProgressReport("decode", len(tokens)) as progress:
@@ -95,24 +124,49 @@ def decode(arguments: argparse.Namespace) -> int:
             images = to_uint8(tokenizer.decode(tokens[start : start + BATCH])).permute(0, 2, 3, 1).numpy()
             for number, image in enumerate(images, start):
                 picture = Image.fromarray(image)
-                target = arguments.out / f"{number:06d}_{Path(names[number]).stem}.png"
+                target = arguments.out / f"{number:06d}_{_short(names[number])}.png"
                 write_atomically(target, picture.save)
                 progress.advance()
     say(f"{len(tokens)} images: {arguments.out}")
     return 0
 
 
+def _short(name: str) -> str:
+    """The last part of a photograph's name, fit for a file name on any system."""
+    stem = "".join(letter if letter.isprintable() else "_" for letter in Path(name).stem)
+    return stem.encode()[:NAME_BYTES].decode(errors="ignore")
+
+
 def _read_tokens(path: Path, num_codes: int) -> tuple[torch.Tensor, list[str]]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            tokens, names = torch.from_numpy(file["tokens"].astype(np.int64)), [str(name) for name in file["names"]]
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as tokens ({error}): give an .npz file written by encode") from error
-    if tokens.dim() != 3 or len(names) != len(tokens):
-        raise ValueError(f"{path} holds tokens of shape {tuple(tokens.shape)}, but (images, height, width) are needed")
-    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < num_codes:
+    tokens, names, codes = _load_tokens(path)
+    if tokens.dtype.kind not in "iu":
+        raise ValueError(f"{path} holds tokens of type {tokens.dtype}, but tokens are integers: encode again")
+    if tokens.ndim != 3 or 0 in tokens.shape:
+        raise ValueError(f"{path} holds tokens of shape {tokens.shape}, but (images, height, width) are needed")
+    if len(names) != len(tokens):
+        raise ValueError(f"{path} holds {len(names)} names for {len(tokens)} images: encode again")
+    if codes != num_codes:
+        raise ValueError(
+            f"{path} was written with {codes} codes, but this tokenizer has {num_codes}: decode with the tokenizer "
+            "that encoded it"
+        )
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < num_codes:
         raise ValueError(
             f"{path} holds tokens from {int(tokens.min())} to {int(tokens.max())}, but this tokenizer has {num_codes} "
             "codes: decode with the tokenizer that encoded them"
         )
-    return tokens, names
+    return torch.from_numpy(tokens.astype(np.int64)), names
+
+
+def _load_tokens(path: Path) -> tuple[npt.NDArray[Any], list[str], int]:
+    """Tokens, names and number of codes, as the file has them."""
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, NpzFile):
+            raise ValueError("it is a single array")
+        with archive as file:
+            return file["tokens"], [str(name) for name in file["names"]], int(file["num_codes"])
+    # A damaged archive raises a dozen types, BadZipFile, zlib.error, EOFError and MemoryError among them.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} cannot be read as tokens ({reason}): give an .npz file written by encode") from error

@@ -5,9 +5,10 @@ from steadyvq.data.collection import Collection, load_collection
 from steadyvq.data.crops import CropDataset
 from steadyvq.data.decode import decode_image, load_image, to_float
 from steadyvq.data.evaluation import CropSource, EvaluationCrops
-from steadyvq.data.mvtb import Scene, mvtb_scenes
+from steadyvq.data.mvtb import BUILT_IN, Scene, mvtb_scenes
 
 __all__ = [
+    "BUILT_IN",
     "Collection",
     "CropDataset",
     "CropSource",

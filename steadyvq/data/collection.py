@@ -4,7 +4,7 @@
 import difflib
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -84,9 +84,8 @@ def load_collection(
 ) -> Collection:
     """Decode every photograph of a source into memory.
 
-    A folder is read recursively, in the order of the relative paths; its photographs are split into train and val by
-    a hash of the relative path, so adding a file never moves another. Files that cannot be read are skipped and
-    listed.
+    A folder is read as ``image_files`` lists it; its photographs are split into train and val by a hash of the
+    relative path, so adding a file never moves another. Files that cannot be read are skipped and listed.
 
     Args:
         data: ``"mvtb"`` for the built-in photographs (split by scene into train, val and test), or a folder.
@@ -100,26 +99,70 @@ def load_collection(
         ValueError: The folder is missing or holds no readable image, the package of the built-in photographs is
             not installed, or the photographs need more memory than ``max_bytes``.
     """
+    names, images, skipped = _read(image_files(data), str(data), min_side, max_side, max_bytes)
     if str(data) == "mvtb":
-        entries = mvtb_files()
-        names, images, skipped = _read(
-            ((name, path) for name, path, _ in entries), str(data), min_side, max_side, max_bytes
-        )
-        split_of = {name: split for name, _, split in entries}
+        split_of = {name: split for name, _, split in mvtb_files()}
         return Collection(str(data), names, images, tuple(split_of[name] for name in names), skipped)
-    folder = _existing_folder(data)
-    paths = _image_paths(folder)
+    return Collection(str(data), names, images, split_by_name(names, val_fraction), skipped)
+
+
+def image_files(data: str | Path) -> list[tuple[str, Path]]:
+    """List the image files of a source as (name, path), sorted by name.
+
+    A folder is searched recursively. Hidden folders below it are left out, and so are the folders of runs (those that
+    hold a ``config.yaml`` and a ``log.jsonl``): the pictures that a run leaves are no photographs.
+
+    Args:
+        data: ``"mvtb"`` for the built-in photographs, or a folder.
+
+    Raises:
+        ValueError: The folder is missing or holds no image file, or the package of the built-in photographs is not
+            installed.
+    """
+    if str(data) == "mvtb":
+        return [(name, path) for name, path, _ in mvtb_files()]
+    paths = _image_paths(_existing_folder(data))
     if not paths:
         raise ValueError(f"the folder {str(data)!r} has no images: put .png, .jpg or .webp files in it")
-    names, images, skipped = _read(paths, str(data), min_side, max_side, max_bytes)
-    return Collection(str(data), names, images, split_by_name(names, val_fraction), skipped)
+    return paths
+
+
+def read_images(
+    files: Iterable[tuple[str, Path]], read: Callable[[Path], Tensor], data: str, skipped: list[tuple[str, str]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, pixels) of the files that can be read, one at a time.
+
+    Args:
+        files: (name, path) of each file.
+        read: Turns a path into pixels; its ValueError is the reason why a file is skipped.
+        data: The source, named in the error.
+        skipped: Takes (path, reason) of each file that cannot be read.
+
+    Raises:
+        ValueError: At the end, if none could be read.
+    """
+    found = False
+    for name, path in files:
+        try:
+            image = read(path)
+        except ValueError as error:
+            skipped.append((str(path), str(error)))
+            continue
+        found = True
+        yield name, image
+    if not found:
+        raise ValueError(
+            f"none of the {len(skipped)} images in {data!r} could be read (the first: {skipped[0][1]}): "
+            "put readable .png, .jpg or .webp files in it"
+        )
 
 
 def _existing_folder(data: str | Path) -> Path:
     folder = Path(data)
-    if folder.is_dir():
+    # Path("") is the current folder, which an empty setting does not mean.
+    if str(data) and folder.is_dir():
         return folder
-    if folder.exists():
+    if str(data) and folder.exists():
         raise ValueError(f"{str(data)!r} is a file, not a folder: give the folder that holds the images")
     raise ValueError(
         f"no folder {str(data)!r}: give an existing folder and put .png, .jpg or .webp files in it, "
@@ -128,16 +171,17 @@ def _existing_folder(data: str | Path) -> Path:
 
 
 def _image_paths(folder: Path) -> list[tuple[str, Path]]:
-    """Return (relative name, path) of every candidate below the folder, sorted by name."""
+    """Return (relative name, path) of every candidate below the folder, sorted by name (see ``image_files``)."""
     found = []
     visited: set[str] = set()
     # Data sets are often assembled from links to other disks; the set of visited folders stops a link to a parent.
     for root, below, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
-        if real in visited:
+        if real in visited or (Path(root) != folder and {"config.yaml", "log.jsonl"} <= set(files)):
             below.clear()
             continue
         visited.add(real)
+        below[:] = [name for name in below if not name.startswith(".")]
         found += [Path(root, file) for file in files if file.lower().endswith(SUFFIXES)]
     return sorted((path.relative_to(folder).as_posix(), path) for path in found)
 
@@ -149,12 +193,7 @@ def _read(
     images: list[Tensor] = []
     skipped: list[tuple[str, str]] = []
     used = 0
-    for name, path in paths:
-        try:
-            image = decode_image(path, min_side, max_side)
-        except ValueError as error:
-            skipped.append((str(path), str(error)))
-            continue
+    for name, image in read_images(paths, lambda path: decode_image(path, min_side, max_side), data, skipped):
         used += image.numel()
         if used > max_bytes:
             raise ValueError(
@@ -163,11 +202,6 @@ def _read(
             )
         names.append(name)
         images.append(image)
-    if not images:
-        raise ValueError(
-            f"none of the {len(skipped)} images in {data!r} could be read (the first: {skipped[0][1]}): "
-            "put readable .png, .jpg or .webp files in it"
-        )
     return tuple(names), tuple(images), skipped
 
 

@@ -13,6 +13,9 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
+BUILT_IN = "mvtb"
+"""What names the built-in photographs where a folder could stand."""
+
 
 @dataclass(frozen=True)
 class Scene:

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,13 +47,19 @@ def arm_configs(
 
     Args:
         recipe: Name or path of a recipe with `arms`.
-        arms: Which of them (None: all).
+        arms: Which of them (None: all); spaces around a name do not matter.
         overrides: Keys for all arms.
         sets: `key=value` pairs for all arms.
+
+    Raises:
+        ValueError: An arm is unknown or named twice, or a setting is wrong.
     """
     data = dict(read_recipe(recipe))
     known: dict[str, Any] = data.pop("arms")
-    chosen = list(known) if arms is None else list(arms)
+    chosen = list(known) if arms is None else [arm.strip() for arm in arms]
+    twice = [arm for arm in chosen if chosen.count(arm) > 1]
+    if twice:
+        raise ValueError(f"the arm {twice[0]!r} is named {chosen.count(twice[0])} times: name every arm once")
     return [
         resolve(merge(merge(data, {"title": arm}), merge(look_up("arm", arm, known) or {}, overrides)), sets)
         for arm in chosen
@@ -60,7 +67,7 @@ def arm_configs(
 
 
 def _train(arm: Arm) -> None:
-    """Trains one arm in this process."""
+    """Trains one arm in this process; exit codes are those of the command line."""
     import torch
 
     from steadyvq.training.loop import Engine, Interrupted
@@ -68,14 +75,27 @@ def _train(arm: Arm) -> None:
     from steadyvq.training.tokenizer_task import TokenizerTask
 
     torch.set_num_threads(1)
+    run = RunFolder(arm.path, arm.config)
     try:
-        Engine(TokenizerTask(arm.config), RunFolder.create(arm.path, arm.config, arm.command), quiet=True).fit()
+        engine = Engine(TokenizerTask(arm.config), run, quiet=True)
+        run.begin(arm.command)
+        engine.fit()
     except Interrupted:
         raise SystemExit(130) from None
+    except (ValueError, OSError) as error:
+        print(f"{arm.config.title}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2 if isinstance(error, ValueError) else 3) from None
+
+
+def check_place(path: Path) -> None:
+    """Raises ValueError if a file is in the way of making this path, so that nothing is worked out in vain."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ValueError(f"the output {path} lies below {above}, which is a file: choose another place with --out")
 
 
 class ArmFailed(Exception):
-    """An arm's process ended with an error; its traceback is on stderr."""
+    """An arm's process ended with an error; what went wrong is on stderr."""
 
 
 def train_arms(arms: Sequence[Arm], workers: int | None = None) -> None:
@@ -119,7 +139,10 @@ def train_arms(arms: Sequence[Arm], workers: int | None = None) -> None:
 def _default_workers() -> int:
     import torch
 
-    return 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)))
+    if torch.cuda.is_available():
+        return 1
+    # The cores of this process, which may be fewer than the machine's; only Linux tells.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check(name: str, exitcode: int) -> None:

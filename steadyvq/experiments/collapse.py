@@ -23,10 +23,11 @@ import torch
 import steadyvq
 from steadyvq.data import EvaluationCrops
 from steadyvq.experiments.arms import Arm, arm_configs, train_arms
+from steadyvq.files import write_atomically, write_text
 from steadyvq.metrics import to_uint8
 from steadyvq.models import Tokenizer
-from steadyvq.training.run import RunFolder, write_atomically, write_text
-from steadyvq.training.tokenizer_task import load_photographs
+from steadyvq.training.run import RunFolder
+from steadyvq.training.tokenizer_task import load_photographs, quantizer_of
 
 REPORTED = ("psnr", "ssim", "utilization", "of_ceiling", "perplexity", "relative_error")
 
@@ -53,13 +54,7 @@ def export(run: RunFolder) -> Path:
     crops = EvaluationCrops(
         load_photographs(config).split(config.data.eval_split), config.data.crop_size, config.data.eval_crops
     )
-    quantizer = steadyvq.build_quantizer(
-        config.quantizer.name,
-        num_codes=config.quantizer.num_codes,
-        dim=config.quantizer.dim,
-        **{**config.quantizer.options, "channel_axis": 1},
-    )
-    tokenizer = Tokenizer.from_pretrained(run.tokenizer, quantizer=quantizer).eval()
+    tokenizer = Tokenizer.from_pretrained(run.tokenizer, quantizer=quantizer_of(config)).eval()
     latents, tokens, images = [], [], []
     for batch in crops.batches(32):
         latents.append(tokenizer.latents(batch).movedim(1, -1))
@@ -100,11 +95,12 @@ def result(arm: Arm) -> dict[str, Any]:
         "arm": run.config.title,
         "seed": run.config.seed,
         "config_hash": run.config.hash(),
+        "commit": info["commit"],
         "tokens": metrics["tokens"],
         "num_codes": metrics["num_codes"],
         "seconds": info["seconds"],
         **{name: round(metrics[name], 5) for name in REPORTED},
-        "recheck": recheck(export(run)),
+        "recheck": recheck(exported if (exported := arm.path / "export.npz").is_file() else export(run)),
     }
 
 
@@ -139,7 +135,6 @@ def main() -> None:
     evidence = {
         "experiment": arguments.recipe,
         "steadyvq": steadyvq.__version__,
-        "commit": _commit(),
         "torch": torch.__version__,
         "data": f"mvtb-data, trained on the train scenes, judged on {wanted[0].config.data.eval_split}",
         "summary": summarise(results),
@@ -151,12 +146,6 @@ def main() -> None:
         print(
             f"{row['arm']:24s} {row['psnr']:6.2f} dB  {row['of_ceiling']:6.1%} of the ceiling  {row['perplexity']:7.1f}"
         )
-
-
-def _commit() -> str:
-    root = Path(__file__).parents[2]
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from steadyvq.data import load_collection
-from steadyvq.experiments.arms import Arm, arm_configs, train_arms
-from steadyvq.training.run import check_free
+from steadyvq.experiments.arms import Arm, arm_configs, check_place, train_arms
+from steadyvq.training.loop import Engine
+from steadyvq.training.run import RunFolder, check_free
+from steadyvq.training.tokenizer_task import TokenizerTask, load_photographs
 
 NOTE = (
     "Every arm sees the same crops in the same order for the same number of steps, and is measured on photographs of "
@@ -32,16 +33,27 @@ def run_demo(
         arms: Which arms (None: all).
         seed: Of every arm.
         sets: Settings for all arms.
+
+    Raises:
+        ValueError: A setting, the data or the folder is not right; nothing was written.
+        ArmFailed: An arm failed.
     """
     overrides: dict[str, Any] = {"seed": seed}
-    if data:
+    if data is not None:
         # A folder has no test split: its held-out photographs are the val split.
         overrides["data"] = {"source": data, "eval_split": "val"}
     configs = arm_configs("demo", arms, overrides, sets)
     jobs = [Arm(c, out / c.title, f"steadyvq demo --arms {c.title} --seed {seed}") for c in configs]
     for job in jobs:
+        check_place(job.path)
         check_free(job.path)
-    # Bad data is refused here, in one sentence, before any process starts.
-    load_collection(configs[0].data.source, min_side=configs[0].data.crop_size, max_side=configs[0].data.max_side)
+    _build_once(jobs)
     train_arms(jobs)
     return [job.path for job in jobs]
+
+
+def _build_once(jobs: Sequence[Arm]) -> None:
+    """Builds what every arm will build: what is wrong is said here, in one sentence, before any process starts."""
+    photographs = load_photographs(jobs[0].config)
+    for job in jobs:
+        Engine(TokenizerTask(job.config, photographs), RunFolder(job.path, job.config), quiet=True)

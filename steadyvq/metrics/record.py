@@ -3,10 +3,11 @@
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from steadyvq.files import write_text
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,7 @@ def write_record(path: str | Path, record: EvaluationRecord) -> None:
     """
     path = Path(path)
     text = json.dumps(_plain(asdict(record)), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, text + "\n")
 
 
 def read_record(path: str | Path) -> EvaluationRecord:

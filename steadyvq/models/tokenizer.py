@@ -12,7 +12,7 @@ names. A saved folder holds `model.safetensors` and `config.json` and nothing th
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from steadyvq.files import write_atomically, write_text
 from steadyvq.models.autoencoder import AutoencoderConfig, Decoder, Encoder
 from steadyvq.quantizers.base import Quantized, Quantizer
 
@@ -155,8 +156,8 @@ class Tokenizer(nn.Module):
         text = json.dumps(config, indent=2) + "\n"
         # safetensors refuses tensors that share memory, which tied parameters do: each gets a copy of its own.
         state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.state_dict().items()}
-        _replace_file(folder / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
-        _replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(folder / WEIGHTS_FILE, lambda path: _save_weights(state, path))
+        write_text(folder / CONFIG_FILE, text)
         return folder
 
     @classmethod
@@ -195,14 +196,12 @@ class Tokenizer(nn.Module):
             )
 
 
-def _replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write through a temporary name, so that no reader ever sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _save_weights(state: dict[str, Tensor], path: Path) -> None:
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        save_file(state, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # A full disk among others: the caller of a write expects an OSError.
+        raise OSError(f"the weights could not be written: {error}") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

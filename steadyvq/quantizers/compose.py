@@ -141,6 +141,8 @@ def _maintenance(name: str, value: Any, num_codes: int, dim: int) -> Maintenance
     if isinstance(value, Maintenance):
         return value
     make = look_up("maintenance", name, MAINTENANCE)
+    if value is not True and not isinstance(value, Mapping):
+        raise ValueError(f"maintenance {name!r} is {value!r}, but it needs a mapping of settings, true or null")
     part: Maintenance = _call(
         f"maintenance {name!r}", partial(make, num_codes, dim), {} if value is True else dict(value)
     )

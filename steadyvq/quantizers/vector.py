@@ -224,6 +224,7 @@ class VectorQuantizer(Quantizer):
         if not batch or not self.maintenance:
             return {}
         self.updates += 1
+        self._check_optimizer(optimizer)
         hits, distortion = (
             torch.zeros(self.num_codes, dtype=a.dtype, device=a.device) for a in [batch[0].distance] * 2
         )

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from steadyvq.files import write_atomically
+
 FORMAT = "steadyvq-checkpoint-1"
 _TENSOR = "__tensor__"
 
@@ -66,15 +68,18 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     skeleton = _split(state, "", tensors)
     # Tied tensors would be refused by safetensors; a clone costs little beside the write.
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    try:
-        save_file(tensors, temporary, metadata={"format": FORMAT, "state": json.dumps(skeleton)})
+    metadata = {"format": FORMAT, "state": json.dumps(skeleton)}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:
+            # A full disk among others: the caller of a write expects an OSError.
+            raise OSError(f"{path} could not be written: {error}") from error
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    write_atomically(path, write)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from steadyvq.quantizers.names import unknown
 from steadyvq.training.stages import Stage
 from steadyvq.training.strict import assignments, from_dict, merge, read_yaml
 
+SMALLEST_CROP = 11
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -97,6 +99,16 @@ class OptimConfig:
             raise ValueError(f"optim.betas is {list(self.betas)}, but Adam needs two numbers, such as [0.9, 0.99]")
         if self.lr <= 0 or self.codebook_lr <= 0:
             raise ValueError(f"optim.lr={self.lr} and codebook_lr={self.codebook_lr}, but learning rates are positive")
+        if not all(0 <= beta < 1 for beta in self.betas) or self.eps <= 0 or (self.codebook_eps or self.eps) <= 0:
+            raise ValueError(
+                f"optim.betas={list(self.betas)}, eps={self.eps}, codebook_eps={self.codebook_eps}, but Adam needs betas in "
+                "[0, 1) and a positive eps"
+            )
+        if self.warmup_steps < 0 or (self.grad_clip is not None and self.grad_clip <= 0) or not 0 <= self.ema_decay < 1:
+            raise ValueError(
+                f"optim.warmup_steps={self.warmup_steps}, grad_clip={self.grad_clip}, ema_decay={self.ema_decay}, but "
+                "warmup_steps >= 0, grad_clip > 0 (or null) and 0 <= ema_decay < 1 are needed"
+            )
 
 
 @dataclass(frozen=True)
@@ -134,16 +146,34 @@ class RunConfig:
     seed: int = 0
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     eval_every: int = 2
-    checkpoint_every: int = 5
+    checkpoint_every: int = 1
     keep_checkpoints: int = 1
     log_every: int = 10
     probe_images: int = 32
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every")
+        positive = (
+            "epochs",
+            "batch_size",
+            "eval_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "log_every",
+            "probe_images",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but it must be at least 1")
+        factor = self.model.downsampling
+        if self.data.crop_size % factor or self.data.crop_size < SMALLEST_CROP:
+            raise ValueError(
+                f"data.crop_size is {self.data.crop_size}, but it must be a multiple of the model's downsampling {factor} "
+                f"and at least {SMALLEST_CROP}, the window of SSIM"
+            )
+        if self.quantizer.options.get("channel_axis", 1) != 1:
+            raise ValueError(
+                "quantizer.options.channel_axis is not 1, but a tokenizer's features are at axis 1: leave it out"
+            )
         if self.data.epoch_samples < self.batch_size:
             raise ValueError(
                 f"data.epoch_samples is {self.data.epoch_samples}, less than batch_size {self.batch_size}: an epoch "
@@ -174,8 +204,27 @@ class RunConfig:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     def hash(self) -> str:
-        """Twelve hexadecimal digits that name this configuration."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+        """Twelve hexadecimal digits that name this configuration: what differs from the defaults.
+
+        So a setting that a later version adds does not rename the runs of today. A changed default does change them in
+        silence; a test holds the defaults.
+        """
+        own = _without(self.to_dict(), RunConfig().to_dict())
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _without(data: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that differ from the defaults, nested as they are."""
+    own = {}
+    for key, value in data.items():
+        default = defaults.get(key)
+        if isinstance(value, Mapping) and isinstance(default, Mapping) and default:
+            nested = _without(value, default)
+            if nested:
+                own[key] = nested
+        elif value != default:
+            own[key] = value
+    return own
 
 
 def recipe_names() -> list[str]:
@@ -197,6 +246,8 @@ def read_recipe(name: str) -> dict[str, Any]:
         with resources.as_file(resources.files("steadyvq") / "recipes" / f"{name}.yaml") as packaged:
             data = read_yaml(packaged)
     base = data.pop("base", None)
+    if base == name:
+        raise ValueError(f"the recipe {name} names itself as its base: name another, or none")
     return merge(read_recipe(base), data) if base else data
 
 
@@ -204,5 +255,10 @@ def resolve(
     recipe: Mapping[str, Any], sets: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
 ) -> RunConfig:
     """The typed configuration of a recipe with overrides, `--set` pairs last."""
+    if "arms" in recipe:
+        raise ValueError(
+            "this recipe compares several arms: run it with `steadyvq demo` or `python -m steadyvq.experiments.collapse "
+            "--recipe NAME`, or train a recipe without arms"
+        )
     data = merge(merge(recipe, overrides or {}), assignments(sets))
     return from_dict(RunConfig, data)

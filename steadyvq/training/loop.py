@@ -5,6 +5,7 @@ A step is one global batch, whatever the number of objectives. Everything random
 position), so a resumed run repeats the uninterrupted one.
 """
 
+import contextlib
 import signal
 import time
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from steadyvq.quantizers.names import unknown
 from steadyvq.training.average import WeightAverage
 from steadyvq.training.checkpoint import (
     checkpoint_path,
@@ -29,6 +31,8 @@ from steadyvq.training.progress import ProgressReport
 from steadyvq.training.run import RunFolder, differences
 from steadyvq.training.stages import Schedule
 from steadyvq.training.task import StepOutput, Task
+
+BROKEN_STEPS = 10
 
 
 class Interrupted(Exception):
@@ -44,12 +48,17 @@ class Interrupted(Exception):
         self.signal, self.checkpoint = signal_number, checkpoint
 
 
+class Diverged(Exception):
+    """Loss or gradients were not finite for many steps in a row; the last checkpoint from before is kept."""
+
+
 class Means:
     """Running means of named numbers, kept on their device until they are read."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._events: dict[str, int] = {}
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         """Takes in one value per name."""
@@ -58,21 +67,25 @@ class Means:
             self._sums[name] = self._sums[name] + number if name in self._sums else number
             self._counts[name] = self._counts.get(name, 0) + 1
 
+    def count(self, name: str) -> None:
+        """Counts an event; `read` gives the number of events of that name, not a mean."""
+        self._events[name] = self._events.get(name, 0) + 1
+
     def read(self) -> dict[str, float]:
-        """The means so far."""
-        return {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        """The means so far, and the counts of events."""
+        return {**{name: float(total) / self._counts[name] for name, total in self._sums.items()}, **self._events}
 
     def reset(self) -> None:
         """Starts anew."""
-        self._sums, self._counts = {}, {}
+        self._sums, self._counts, self._events = {}, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Sums and counts."""
-        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+        return {"sums": dict(self._sums), "counts": dict(self._counts), "events": dict(self._events)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict()`."""
-        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+        self._sums, self._counts, self._events = (dict(state[name]) for name in ("sums", "counts", "events"))
 
 
 class Engine:
@@ -98,14 +111,22 @@ class Engine:
         self.average = WeightAverage(task.module, self.config.optim.ema_decay)
         self.schedule = Schedule(self.config.stages)
         self.window, self.epoch_means = Means(), Means()
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.broken = 0, 0.0, 0
         self._signal: int | None = None
-        if resume:
-            self._resume()
+        for stage in self.config.stages:
+            if stage.until.plateau is not None and stage.until.plateau not in task.watchable:
+                raise unknown(f"metric for the plateau of stage {stage.name!r}", stage.until.plateau, task.watchable)
+        checkpoint = latest_checkpoint(run.checkpoints) if resume else None
+        if checkpoint is not None:
+            self._resume(checkpoint)
         else:
             task.module.to(self.fabric.device)
             task.prepare()
             self.average.align(self.average.live())
+        if resume:
+            # Without a checkpoint the run begins anew: it was stopped before its first.
+            run.truncate_log(self.step if checkpoint else -1)
+            run.write_info(status="running")
         task.on_stage(self.schedule)
 
     @property
@@ -118,6 +139,8 @@ class Engine:
 
         Raises:
             Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
+            Diverged: Ten steps in a row were not finite.
+            OSError: Something could not be written, as on a full disk; the last checkpoint is kept.
         """
         started = time.monotonic() - self.seconds
         label = self.config.title or self.run.path.name
@@ -135,6 +158,9 @@ class Engine:
                     progress.advance(self._note)
                     if self._signal is not None:
                         self._interrupt()
+        except (Diverged, OSError):
+            self._mark_failed()
+            raise
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -152,22 +178,40 @@ class Engine:
             optimizer.zero_grad(set_to_none=True)
             output = self.task.loss(name, self.model, batch)
             self.fabric.backward(output.loss)
-            logs |= output.logs
-            if self.config.optim.grad_clip is not None:
-                logs[f"grad_norm/{name}"] = self._clip(optimizer)
+            norm = self._clip(optimizer)
+            if not bool(torch.isfinite(norm + output.loss.detach())):
+                self._skip()
+                break
             optimizer.step()
-            logs |= self._after_step(name, output, optimizer)
-        self.average.update()
+            logs |= {**output.logs, f"grad_norm/{name}": norm, **self._after_step(name, output, optimizer)}
+        else:
+            self.broken = 0
+            self.average.update()
+            self.window.add(logs)
+            self.epoch_means.add(logs)
         self.step += 1
-        self.window.add(logs)
-        self.epoch_means.add(logs)
+
+    def _skip(self) -> None:
+        """A step whose loss or gradient is not finite changes nothing and is counted."""
+        self.broken += 1
+        self.window.count("skipped")
+        if self.broken == BROKEN_STEPS:
+            raise Diverged(
+                f"loss or gradients were not finite in {BROKEN_STEPS} steps in a row (step {self.step}): lower optim.lr or "
+                f"optim.codebook_lr; the last checkpoint in {self.run.checkpoints} is kept"
+            )
+
+    def _mark_failed(self) -> None:
+        with contextlib.suppress(OSError):  # the disk that failed us fails this too
+            self.run.write_info(status="failed", seconds=round(self.seconds, 2))
 
     def _after_step(self, name: str, output: StepOutput, optimizer: Any) -> Mapping[str, float]:
         return self.task.after_step(name, [output], optimizer.optimizer, self.average)
 
     def _clip(self, optimizer: Any) -> Tensor:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return torch.nn.utils.clip_grad_norm_(parameters, float(self.config.optim.grad_clip or 0))
+        limit = self.config.optim.grad_clip
+        return torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
 
     def _log_window(self) -> None:
         in_epoch = self.step % self.config.steps_per_epoch
@@ -231,6 +275,7 @@ class Engine:
         return {
             "config": self.config.to_dict(),
             "step": self.step,
+            "broken": self.broken,
             "seconds": self.seconds,
             "module": self.task.module.state_dict(),
             "optimizers": {name: optimizer.optimizer.state_dict() for name, optimizer in self.optimizers.items()},
@@ -241,10 +286,7 @@ class Engine:
             "task": self.task.state_dict(),
         }
 
-    def _resume(self) -> None:
-        path = latest_checkpoint(self.run.checkpoints)
-        if path is None:
-            raise ValueError(f"{self.run.path} has no checkpoint yet: train anew into another folder with --out")
+    def _resume(self, path: Path) -> None:
         state = load_checkpoint(path)
         changed = differences(state["config"], self.config.to_dict())
         if changed:
@@ -258,9 +300,7 @@ class Engine:
         for part in ("average", "schedule", "window", "epoch_means", "task"):
             target = getattr(self, part)
             target.load_state_dict(state[part])
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.run.truncate_log(self.step)
-        self.run.write_info(status="running")
+        self.step, self.seconds, self.broken = state["step"], state["seconds"], state["broken"]
 
     def _catch_signals(self) -> dict[int, Any]:
         """The first signal asks for a stop after this step, a second one stops at once."""

@@ -3,13 +3,14 @@
 
 import json
 import math
-import os
-from collections.abc import Callable, Mapping
+import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import steadyvq
+from steadyvq.files import write_text
 from steadyvq.training.config import RunConfig, resolve
 from steadyvq.training.strict import read_yaml
 
@@ -40,7 +41,8 @@ class RunFolder:
         except OSError as error:
             raise ValueError(f"the output folder {self.path} cannot be made ({error}): choose another") from error
         write_text(self.path / "config.yaml", self.config.to_yaml())
-        self.write_info(command=command, started=datetime.now(UTC).isoformat(timespec="seconds"), status="running")
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        self.write_info(command=command, started=started, status="running", commit=source_commit())
         self.log_path.touch()
 
     @classmethod
@@ -68,7 +70,10 @@ class RunFolder:
     def write_info(self, **changes: Any) -> None:
         """Updates run.json."""
         path = self.path / "run.json"
-        old = json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            old = json.loads(path.read_text()) if path.is_file() else {}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no valid JSON ({error}): delete it to go on without it") from error
         info = {
             "steadyvq": steadyvq.__version__,
             "title": self.config.title,
@@ -97,6 +102,17 @@ class RunFolder:
         write_text(self.log_path, "".join(kept))
 
 
+def source_commit() -> str | None:
+    """The commit of the checkout that this code runs from, with `-dirty` if it was changed; None if it is none."""
+    root = Path(steadyvq.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    return f"{head}-dirty" if head and changed else head or None
+
+
 def check_free(path: Path) -> None:
     """Raises ValueError if a run lies in that folder, or something that is no folder."""
     if path.exists() and not path.is_dir():
@@ -106,26 +122,6 @@ def check_free(path: Path) -> None:
             f"{path} already holds a run: choose another folder with --out, or continue it with "
             f"`steadyvq train --resume {path}`"
         )
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a temporary name in the same folder, then renames: readers never see half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically."""
-    write_atomically(path, lambda temporary: _write(temporary, text))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
 
 
 def _finite(value: Any) -> Any:

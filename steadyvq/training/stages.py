@@ -2,7 +2,8 @@
 """Stages are data: what is trained, with which weights, until when.
 
 NSVQ (arXiv 2606.11363) trains in three: *joint*, until the commitment loss no longer falls; *warmup*, with the encoder
-frozen and neither the non-stationary loss nor replacement nor commitment; *refine*, where the adversarial loss returns.
+frozen and neither the non-stationary loss nor replacement nor commitment; *refine*, the same with whatever the task adds
+for quality (an adversarial loss in the paper).
 
 The same `Schedule` drives our loop and yours:
 
@@ -68,7 +69,6 @@ class Stage:
         paused: Maintenance of the quantizer that rests, by name (`replace`, `ema`, `temperature`).
         estimator: The gradient estimator of the quantizer in this stage (None: its own). With a frozen encoder,
             `straight_through` loses the reconstruction gradient in it, as in the paper; `direct` hands it to the codes.
-        ramps: Losses whose weight rises linearly from 0 over so many epochs of this stage.
     """
 
     name: str
@@ -77,7 +77,6 @@ class Stage:
     weights: dict[str, float] = field(default_factory=dict)
     paused: tuple[str, ...] = ()
     estimator: str | None = None
-    ramps: dict[str, float] = field(default_factory=dict)
 
 
 def nsvq_stages(
@@ -85,7 +84,6 @@ def nsvq_stages(
     *,
     warmup_epochs: int = 1,
     estimator: str | None = None,
-    ramp_epochs: float = 2.0,
 ) -> tuple[Stage, ...]:
     """The three stages of NSVQ: joint, warmup, refine.
 
@@ -94,7 +92,6 @@ def nsvq_stages(
         warmup_epochs: Length of the warmup (not in the text).
         estimator: `direct` trains codes by the reconstruction gradient once the encoder is frozen; the paper's reading
             is None (straight-through).
-        ramp_epochs: Epochs over which the adversarial weight returns.
     """
     consolidated = {"ns": 0.0, "commitment": 0.0}
     return (
@@ -103,7 +100,7 @@ def nsvq_stages(
             "warmup",
             Until(max_epochs=warmup_epochs),
             frozen=("encoder",),
-            weights={**consolidated, "adversarial": 0.0},
+            weights=consolidated,
             paused=("replace",),
             estimator=estimator,
         ),
@@ -113,7 +110,6 @@ def nsvq_stages(
             weights=consolidated,
             paused=("replace",),
             estimator=estimator,
-            ramps={"adversarial": ramp_epochs},
         ),
     )
 
@@ -138,6 +134,7 @@ class Schedule:
         self._epochs = 0
         self._best = math.inf
         self._stale = 0
+        self._trainable: dict[int, bool] = {}
 
     @property
     def stage(self) -> Stage:
@@ -198,13 +195,10 @@ class Schedule:
             # All of them: a mistake in the last stage is told before the first begins. The present one comes last and stays.
             _configure(stage, parts, quantizer)
         for name, modules in parts.items():
-            for module in modules:
-                module.requires_grad_(name not in self.stage.frozen)
-
-    def ramp(self, name: str, epochs_in_stage: float) -> float:
-        """The factor in [0, 1] by which the stage's ramp multiplies the weight of a loss."""
-        length = self.stage.ramps.get(name, 0.0)
-        return 1.0 if length <= 0 else min(1.0, epochs_in_stage / length)
+            for parameter in (p for module in modules for p in module.parameters()):
+                # What was frozen before the first stage stays frozen in all of them.
+                trainable = self._trainable.setdefault(id(parameter), parameter.requires_grad)
+                parameter.requires_grad_(trainable and name not in self.stage.frozen)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next decision depends on."""
@@ -228,5 +222,9 @@ def _configure(stage: Stage, parts: Mapping[str, Sequence[nn.Module]], quantizer
     if unknown:
         known = ", ".join(sorted(parts))
         raise ValueError(f"stage {stage.name!r} freezes {unknown[0]!r}, but the parts are {known}")
-    own = {name: weight for name, weight in stage.weights.items() if name != "adversarial"}
-    quantizer.configure(weights=own, paused=stage.paused, estimator=stage.estimator)
+    quantizer.configure(
+        weights=stage.weights,
+        paused=stage.paused,
+        estimator=stage.estimator,
+        frozen="quantizer" in stage.frozen,
+    )

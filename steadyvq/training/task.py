@@ -35,10 +35,12 @@ class Task(ABC):
     Attributes:
         module: Everything that is trained or saved.
         objectives: Names of the objectives, in the order in which one step optimises them.
+        watchable: Names of the epoch means that the plateau of a stage may watch.
     """
 
     module: nn.Module
     objectives: tuple[str, ...]
+    watchable: frozenset[str]
 
     @abstractmethod
     def parts(self) -> dict[str, list[nn.Module]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from steadyvq.data import Collection, CropDataset, EvaluationCrops, load_collection
+from steadyvq.files import write_atomically, write_text
 from steadyvq.metrics import Probe, write_record
 from steadyvq.models import Tokenizer
 from steadyvq.quantizers import Codebook, Quantized, Quantizer, VectorQuantizer, accepts, build_quantizer
@@ -17,20 +18,26 @@ from steadyvq.report import picture_grid
 from steadyvq.training.average import WeightAverage
 from steadyvq.training.config import RunConfig
 from steadyvq.training.evaluation import evaluate, record_of
-from steadyvq.training.run import RunFolder, write_atomically, write_text
+from steadyvq.training.run import RunFolder
 from steadyvq.training.stages import Schedule
 from steadyvq.training.task import StepOutput, Task
 
 OBJECTIVE = "tokenizer"
 
 
+def quantizer_of(config: RunConfig, name: str | None = None) -> Quantizer:
+    """The quantizer of a configuration, built by `name` instead of the configured one if it is given."""
+    settings = config.quantizer
+    name = name or settings.name
+    options = {**settings.options, "channel_axis": 1}
+    if accepts(name, "seed"):
+        options = {"seed": config.seed, **options}
+    return build_quantizer(name, num_codes=settings.num_codes, dim=settings.dim, **options)
+
+
 def build_tokenizer(config: RunConfig) -> Tokenizer:
     """The tokenizer of a configuration, initialised from its seed."""
-    settings = config.quantizer
-    options = {**settings.options, "channel_axis": 1}
-    if accepts(settings.name, "seed"):
-        options = {"seed": config.seed, **options}
-    quantizer = build_quantizer(settings.name, num_codes=settings.num_codes, dim=settings.dim, **options)
+    quantizer = quantizer_of(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return Tokenizer.build(config.model, quantizer)
@@ -64,7 +71,8 @@ class TokenizerTask(Task):
         )
         self.val_crops = EvaluationCrops(photographs.split(data.eval_split), data.crop_size, data.eval_crops)
         self.probe = Probe()
-        self.schedule: Schedule | None = None
+        losses = self.quantizer.losses if isinstance(self.quantizer, VectorQuantizer) else {}
+        self.watchable = frozenset({"loss", "reconstruction", "relative_error", *losses})
 
     @property
     def quantizer(self) -> Quantizer:
@@ -121,12 +129,14 @@ class TokenizerTask(Task):
         """The quantizer's own bookkeeping."""
         events = self.quantizer.update([output.extra for output in outputs], optimizer, average)
         logs = {f"vq/{name}": value for name, value in events.items()}
-        if isinstance(self.quantizer, VectorQuantizer) and "ns_grad_max" in outputs[0].extra.stats:
+        largest = [float(o.extra.stats["ns_grad_max"]) for o in outputs if "ns_grad_max" in o.extra.stats]
+        if isinstance(self.quantizer, VectorQuantizer) and largest:
             logs["vq/temperature"] = float(self.quantizer.temperature)
             own = _codebook_parameters(self.quantizer)
             eps = [g["eps"] for g in optimizer.param_groups if own and any(p is own[0] for p in g["params"])]
             if eps:
-                logs["vq/ns_grad_over_eps"] = float(outputs[0].extra.stats["ns_grad_max"]) / eps[0]
+                # alpha * max |g_ns| below Adam's epsilon means that the loss moves next to nothing.
+                logs["vq/ns_grad_over_eps"] = self.quantizer.weight("ns") * max(largest) / eps[0]
         return logs
 
     def on_stage(self, schedule: Schedule) -> None:
