@@ -111,6 +111,21 @@ def test_evidence_names_its_configurations_and_was_rechecked(path):
         assert check["tokens"] == run["tokens"] >= 20_000
 
 
+def test_the_evidence_for_collapse_says_what_the_docs_say():
+    """Over every seed: weight 0 and no replacement dies, NS alone and NS + replacement live and are 1 dB better."""
+    runs = {(run["arm"], run["seed"]): run for run in json.loads((ROOT / "docs/evidence/collapse.json").read_text())["runs"]}
+    assert {seed for _, seed in runs} == {0, 1, 2}
+    for (arm, _), run in runs.items():
+        if arm.startswith("vq-"):
+            assert run["of_ceiling"] < 0.15
+    for seed in range(3):
+        dead = runs["vq-uniform-lr3e-2", seed]
+        for arm in ("ns-alone-lr3e-2", "nsvq-lr3e-2"):
+            assert runs[arm, seed]["of_ceiling"] > 0.35
+            assert runs[arm, seed]["psnr"] > dead["psnr"] + 1
+        assert runs["ns-alone-lr3e-2", seed]["psnr"] > runs["placebo-lr3e-2", seed]["psnr"] + 1
+
+
 def test_every_linked_file_exists():
     for path in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):

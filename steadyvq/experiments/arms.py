@@ -70,7 +70,7 @@ def _train(arm: Arm) -> None:
     """Trains one arm in this process; exit codes are those of the command line."""
     import torch
 
-    from steadyvq.training.loop import Engine, Interrupted
+    from steadyvq.training.loop import Diverged, Engine, Interrupted
     from steadyvq.training.run import RunFolder
     from steadyvq.training.tokenizer_task import TokenizerTask
 
@@ -82,7 +82,7 @@ def _train(arm: Arm) -> None:
         engine.fit()
     except Interrupted:
         raise SystemExit(130) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Diverged) as error:
         print(f"{arm.config.title}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, ValueError) else 3) from None
 

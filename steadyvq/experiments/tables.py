@@ -63,8 +63,28 @@ def arms_table(name: str) -> str:
     return markdown(["arm", "codes used, % of ceiling", "perplexity", "PSNR, dB", "relative error"], rows)
 
 
+DEMO_ARMS = {
+    "vq": "vq-uniform-lr3e-2",
+    "nsvq": "nsvq-lr3e-2",
+    "simvq": "simvq",
+    "ema": "ema-kmeans-replacement",
+}
+
+
+def demo_table() -> str:
+    """What `steadyvq demo` prints: its arms are the collapse experiment's with seed 0."""
+    runs = {run["arm"]: run for run in evidence("collapse")["runs"] if run["seed"] == 0}
+    rows = []
+    for arm, name in DEMO_ARMS.items():
+        run = runs[name]
+        used = f"{run['recheck']['active_rows']:,} of {run['num_codes']:,}"
+        rows.append([f"`{arm}`", used, f"{run['perplexity']:.0f}", f"{run['psnr']:.2f}", f"{run['ssim']:.3f}"])
+    return markdown(["arm", "codes used", "perplexity", "PSNR, dB", "SSIM"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "methods": method_table,
+    "demo": demo_table,
     "collapse": partial(arms_table, "collapse"),
     "tuning": partial(arms_table, "tuning"),
 }
