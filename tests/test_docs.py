@@ -113,7 +113,9 @@ def test_evidence_names_its_configurations_and_was_rechecked(path):
 
 def test_the_evidence_for_collapse_says_what_the_docs_say():
     """Over every seed: weight 0 and no replacement dies, NS alone and NS + replacement live and are 1 dB better."""
-    runs = {(run["arm"], run["seed"]): run for run in json.loads((ROOT / "docs/evidence/collapse.json").read_text())["runs"]}
+    runs = {
+        (run["arm"], run["seed"]): run for run in json.loads((ROOT / "docs/evidence/collapse.json").read_text())["runs"]
+    }
     assert {seed for _, seed in runs} == {0, 1, 2}
     for (arm, _), run in runs.items():
         if arm.startswith("vq-"):

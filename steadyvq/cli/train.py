@@ -5,16 +5,14 @@ import argparse
 import shlex
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from steadyvq.cli import FAILED, INTERRUPTED
 from steadyvq.cli.common import say, table
-from steadyvq.data import BUILT_IN
 from steadyvq.experiments.arms import ArmFailed
 from steadyvq.experiments.demo import NOTE, run_demo
 from steadyvq.report import comparison_table, write_report
-from steadyvq.training.config import RunConfig, read_recipe, resolve
+from steadyvq.training.config import RunConfig, read_recipe, resolve, with_absolute_paths
 from steadyvq.training.loop import Diverged, Engine, Interrupted
 from steadyvq.training.run import RunFolder, check_free, differences
 from steadyvq.training.strict import merge
@@ -47,18 +45,7 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
             quantizer = {**quantizer, "name": arguments.quantizer, "options": {}}
         recipe = {**recipe, "quantizer": quantizer}
     overrides = {"data": {"source": arguments.data}} if arguments.data else {}
-    return _absolute(resolve(merge({"title": Path(arguments.recipe).stem}, recipe), arguments.set, overrides))
-
-
-def _absolute(config: RunConfig) -> RunConfig:
-    """The configuration with absolute paths, so that a run means the same from every working directory."""
-    source, name = config.data.source, config.quantizer.name
-    if source != BUILT_IN:
-        source = str(Path(source).expanduser().resolve())
-    file, colon, function = name.rpartition(":")
-    if file.endswith(".py"):
-        name = f"{Path(file).expanduser().resolve()}{colon}{function}"
-    return replace(config, data=replace(config.data, source=source), quantizer=replace(config.quantizer, name=name))
+    return with_absolute_paths(resolve(merge({"title": Path(arguments.recipe).stem}, recipe), arguments.set, overrides))
 
 
 def _resume(arguments: argparse.Namespace) -> int:
@@ -84,7 +71,7 @@ def _changed(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
     overrides: dict[str, object] = {"data": {"source": arguments.data}} if arguments.data else {}
     if arguments.quantizer:
         overrides["quantizer"] = {"name": arguments.quantizer}
-    return _absolute(resolve(config.to_dict(), arguments.set, overrides))
+    return with_absolute_paths(resolve(config.to_dict(), arguments.set, overrides))
 
 
 def _tell_about_data(task: TokenizerTask) -> None:
@@ -123,7 +110,7 @@ def _fit(task: TokenizerTask, run: RunFolder, *, resume: bool) -> int:
 
 def demo(arguments: argparse.Namespace) -> int:
     """Trains the arms of the demo and shows them side by side."""
-    arms = arguments.arms.split(",") if arguments.arms else None
+    arms = None if arguments.arms is None else arguments.arms.split(",")
     try:
         runs = run_demo(arguments.out, data=arguments.data, arms=arms, seed=arguments.seed, sets=arguments.set)
     except KeyboardInterrupt:

@@ -55,6 +55,8 @@ def arm_configs(
         ValueError: An arm is unknown or named twice, or a setting is wrong.
     """
     data = dict(read_recipe(recipe))
+    if "arms" not in data:
+        raise ValueError(f"the recipe {recipe} has no arms to compare: name one that has (`steadyvq list recipes`)")
     known: dict[str, Any] = data.pop("arms")
     chosen = list(known) if arms is None else [arm.strip() for arm in arms]
     twice = [arm for arm in chosen if chosen.count(arm) > 1]
@@ -190,6 +192,7 @@ class _Watch:
         self._names = {arm.path: arm.config.title for arm in arms}
         self._console = Console(stderr=True)
         self._start = self._last = time.monotonic()
+        self._ended = False
         self._bars: dict[Path, TaskID] = {}
         self._progress: Progress | None = None
         if self._console.is_terminal:
@@ -215,9 +218,10 @@ class _Watch:
             return
         now = time.monotonic()
         done, total = sum(steps.values()), sum(self._totals.values())
-        if now - self._last < LINE_SECONDS and done < total:
+        ended = done == total
+        if self._ended or (now - self._last < LINE_SECONDS and not ended):
             return
-        self._last = now
+        self._last, self._ended = now, ended
         left = f"{(now - self._start) / done * (total - done):.0f} s left" if done else "starting"
         finished = sum(step == self._totals[path] for path, step in steps.items())
         running = {path: step for path, step in steps.items() if 0 < step < self._totals[path]}

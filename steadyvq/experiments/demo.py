@@ -7,11 +7,13 @@
 The arms differ from the base recipe in the keys that `recipes/demo.yaml` names, and in nothing else.
 """
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from steadyvq.experiments.arms import Arm, arm_configs, check_place, train_arms
+from steadyvq.training.config import with_absolute_paths
 from steadyvq.training.loop import Engine
 from steadyvq.training.run import RunFolder, check_free
 from steadyvq.training.tokenizer_task import TokenizerTask, load_photographs
@@ -42,8 +44,12 @@ def run_demo(
     if data is not None:
         # A folder has no test split: its held-out photographs are the val split.
         overrides["data"] = {"source": data, "eval_split": "val"}
-    configs = arm_configs("demo", arms, overrides, sets)
-    jobs = [Arm(c, out / c.title, f"steadyvq demo --arms {c.title} --seed {seed}") for c in configs]
+    configs = [with_absolute_paths(config) for config in arm_configs("demo", arms, overrides, sets)]
+    rest = [*(["--data", data] if data is not None else []), *(word for pair in sets for word in ("--set", pair))]
+    jobs = [
+        Arm(c, out / c.title, shlex.join(["steadyvq", "demo", "--arms", c.title, "--seed", str(seed), *rest]))
+        for c in configs
+    ]
     for job in jobs:
         check_place(job.path)
         check_free(job.path)

@@ -16,6 +16,7 @@ from steadyvq.report.scales import Number, Scale, tick_label, value_label, value
 WIDTH, HEIGHT = 400, 234
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 18, 32
 LABEL_HEIGHT = 13
+LETTER = 6.2  # mean width of a letter in axis labels
 MARK_ROWS = 4
 # Values of curves with few points can be pointed at; more dots than this would hide the line.
 DOTS_UP_TO = 60
@@ -137,6 +138,7 @@ def _svg(chart: Chart, shown: Sequence[Series]) -> Markup:
 def _axes(x: Scale, y: Scale, x_name: str, y_name: str, percent: bool = False) -> Markup:
     left, right, bottom = x.start, x.end, y.start
     parts = []
+    end_label = f"{x_name} {tick_label(x.high)}"
     for tick in y.ticks(4):
         at = _n(y(tick))
         parts.append(tag("line", x1=left, x2=right, y1=at, y2=at, class_="grid"))
@@ -145,10 +147,10 @@ def _axes(x: Scale, y: Scale, x_name: str, y_name: str, percent: bool = False) -
         at = _n(x(tick))
         parts.append(tag("line", x1=at, x2=at, y1=bottom, y2=bottom + 4, class_="axis"))
         # A label near the end of the axis would run into the axis's name.
-        if x(tick) < right - 34 - 6 * len(x_name):
+        if x(tick) < right - LETTER * (len(end_label) + len(tick_label(tick)) / 2 + 1):
             parts.append(tag("text", tick_label(tick), x=at, y=bottom + 16, class_="middle"))
     parts.append(tag("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis"))
-    parts.append(tag("text", f"{x_name} {tick_label(x.high)}", x=right, y=bottom + 16, class_="end"))
+    parts.append(tag("text", end_label, x=right, y=bottom + 16, class_="end"))
     if y_name:
         parts.append(tag("text", y_name, x=4, y=11))
     return tag("g", *parts, class_="axes")
@@ -159,7 +161,7 @@ def _marks(marks: Sequence[Mark], x: Scale) -> tuple[list[Markup], int]:
     ends: list[float] = []
     parts = []
     for mark in sorted(marks, key=lambda mark: mark.step):
-        at, length = x(mark.step), 6.2 * len(mark.label) + 8
+        at, length = x(mark.step), LETTER * len(mark.label) + 8
         start = at if at + length <= x.end else at - length
         row = next((i for i, end in enumerate(ends) if end <= start), len(ends))
         if row == len(ends) and row < MARK_ROWS:

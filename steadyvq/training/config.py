@@ -6,13 +6,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from steadyvq.data import BUILT_IN
 from steadyvq.models.autoencoder import AutoencoderConfig
 from steadyvq.quantizers.names import unknown
 from steadyvq.training.stages import Stage
@@ -262,3 +263,14 @@ def resolve(
         )
     data = merge(merge(recipe, overrides or {}), assignments(sets))
     return from_dict(RunConfig, data)
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The configuration with absolute paths, so that a run means the same from every working directory."""
+    source, name = config.data.source, config.quantizer.name
+    if source != BUILT_IN:
+        source = str(Path(source).expanduser().resolve())
+    file, colon, function = name.rpartition(":")
+    if file.endswith(".py"):
+        name = f"{Path(file).expanduser().resolve()}{colon}{function}"
+    return replace(config, data=replace(config.data, source=source), quantizer=replace(config.quantizer, name=name))
