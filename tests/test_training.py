@@ -277,6 +277,11 @@ class TestLoop:
         assert record["metrics"]["tokens"] == 16 * 8 * 8
         assert record["config_hash"] == run.config.hash()
         assert json.loads((run.path / "run.json").read_text())["status"] == "done"
+        from PIL import Image
+
+        with Image.open(run.path / "codes.png") as picture:
+            # 16 grids of 8x8 tokens in rows of 8, a gap of one between them, 8 pixels per token
+            assert picture.size == (8 * 9 * 8, 2 * 9 * 8)
         tokenizer = steadyvq.Tokenizer.from_pretrained(run.tokenizer)
         images = torch.rand(2, 3, 16, 16) * 2 - 1
         assert tokenizer.decode(tokenizer.encode(images)).shape == images.shape

@@ -30,12 +30,14 @@ class Evaluation:
         counts: Hits per code (K,).
         originals: Some of the evaluated images, spread evenly over all of them.
         reconstructions: What the tokenizer made of them.
+        tokens: Their indices.
     """
 
     metrics: dict[str, Any]
     counts: Int[Tensor, "K"]
     originals: UInt8[Tensor, "B 3 H W"]
     reconstructions: UInt8[Tensor, "B 3 H W"]
+    tokens: Int[Tensor, "B h w"]
 
 
 @torch.no_grad()
@@ -50,7 +52,7 @@ def evaluate(tokenizer: Tokenizer, crops: EvaluationCrops, batch_size: int) -> E
     device = next(tokenizer.parameters()).device
     meter = UsageMeter(tokenizer.quantizer.num_codes)
     quality = ImageQuality()
-    shown: list[tuple[Tensor, Tensor]] = []
+    shown: list[tuple[Tensor, Tensor, Tensor]] = []
     picked = range(0, len(crops), max(1, len(crops) // SHOWN))[:SHOWN]
     error = total = squares = 0.0
     sums = torch.zeros(tokenizer.quantizer.dim, dtype=torch.float64)
@@ -65,7 +67,7 @@ def evaluate(tokenizer: Tokenizer, crops: EvaluationCrops, batch_size: int) -> E
         sums += z.sum(0)
         total += len(z)
         some = [i - start for i in picked if start <= i < start + len(images)]
-        shown.append((to_uint8(images[some]), to_uint8(reconstruction[some])))
+        shown.append((to_uint8(images[some]), to_uint8(reconstruction[some]), quantized.indices[some].cpu()))
     usage, report = meter.report(), quality.report()
     spread = squares - float(sums.square().sum()) / total
     metrics = {
@@ -81,8 +83,8 @@ def evaluate(tokenizer: Tokenizer, crops: EvaluationCrops, batch_size: int) -> E
         "perplexity": usage.perplexity,
         "relative_error": error / spread if spread > 0 else None,
     }
-    originals, reconstructions = (torch.cat(images) for images in zip(*shown, strict=True))
-    return Evaluation(metrics, meter.counts, originals, reconstructions)
+    originals, reconstructions, tokens = (torch.cat(images) for images in zip(*shown, strict=True))
+    return Evaluation(metrics, meter.counts, originals, reconstructions, tokens)
 
 
 def record_of(evaluation: Evaluation, crops: EvaluationCrops, config_hash: str, step: int) -> EvaluationRecord:

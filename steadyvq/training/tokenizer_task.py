@@ -14,7 +14,7 @@ from steadyvq.files import write_atomically, write_text
 from steadyvq.metrics import Probe, write_record
 from steadyvq.models import Tokenizer
 from steadyvq.quantizers import Codebook, Quantized, Quantizer, VectorQuantizer, accepts, build_quantizer
-from steadyvq.report import picture_grid
+from steadyvq.report import code_map, picture_grid
 from steadyvq.training.average import WeightAverage
 from steadyvq.training.config import RunConfig
 from steadyvq.training.evaluation import evaluate, record_of
@@ -164,6 +164,8 @@ class TokenizerTask(Task):
         write_text(run.path / "usage.json", json.dumps(usage))
         grid = picture_grid(result.originals, result.reconstructions)
         write_atomically(run.path / "pictures" / f"step-{step:08d}.png", lambda path: grid.save(path))
+        codes = code_map(_side_by_side(result.tokens), self.quantizer.num_codes)
+        write_atomically(run.path / "codes.png", lambda path: codes.save(path))
         self.tokenizer.save_pretrained(run.tokenizer)
         return result.metrics
 
@@ -174,6 +176,15 @@ class TokenizerTask(Task):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`."""
         self.probe.load_state_dict(state["probe"])
+
+
+def _side_by_side(tokens: Tensor, columns: int = 8) -> Tensor:
+    """Token grids (B, h, w) as one grid with a gap of one masked position between them."""
+    padded = torch.nn.functional.pad(tokens, (0, 1, 0, 1), value=-1)
+    empty = -len(padded) % columns
+    padded = torch.cat([padded, torch.full((empty, *padded.shape[1:]), -1, dtype=padded.dtype)])
+    height, width = padded.shape[1:]
+    return padded.reshape(-1, columns, height, width).movedim(2, 1).reshape(-1, columns * width)
 
 
 def _codebook_parameters(quantizer: Quantizer) -> list[nn.Parameter]:
