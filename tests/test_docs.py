@@ -33,7 +33,7 @@ def commands() -> list[tuple[str, str]]:
     for recipe in recipe_names():
         text = (ROOT / "steadyvq" / "recipes" / f"{recipe}.yaml").read_text()
         lines += [(recipe, line.lstrip("# ")) for line in text.splitlines() if line.startswith("#   ")]
-    parts = [(name, part.split("  #")[0].strip()) for name, line in lines for part in line.split("&&")]
+    parts = [(name, re.split(r"\s{2,}", part.strip())[0]) for name, line in lines for part in line.split("&&")]
     return [(name, part) for name, part in parts if part.startswith(("steadyvq ", "python -m steadyvq"))]
 
 
