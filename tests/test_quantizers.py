@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import steadyvq
-from steadyvq.quantizers import Quantized, VectorQuantizer, compose
+from steadyvq.quantizers import LinearCodebook, Quantized, VectorQuantizer, compose
 
 K, D = 24, 6
 NAMES = steadyvq.list_quantizers()
@@ -29,6 +29,11 @@ def build(name: str, **overrides: object) -> steadyvq.Quantizer:
     axis = overrides.get("channel_axis", -1)
     shape = (200, D) if axis == -1 else (200, D, 1)
     vq.init_from(torch.randn(shape, generator=torch.Generator().manual_seed(5)), method="data")
+    if isinstance(vq.codes, LinearCodebook):
+        # Placed codes have the identity as their map, where the base and the table cannot be told apart.
+        with torch.no_grad():
+            vq.codes.weight += 0.2 * normal(D, D, seed=6)
+            vq.codes.bias += 0.2 * normal(D, seed=7)
     return vq
 
 
@@ -399,11 +404,11 @@ class TestMaintenance:
     def test_dead_codes_become_jittered_copies_of_active_ones(self):
         vq = self.dying(cap=1.0)
         before = vq.codebook()
-        replaced, steps = 0.0, 0
-        while not replaced:
-            out = vq(normal(48, D, seed=steps))
+        for steps in range(1, 10):
+            out = vq(normal(48, D, seed=steps - 1))
             replaced = vq.update(out)["replaced"]
-            steps += 1
+            if replaced:
+                break
         # 48 latents over 24 codes are 2 expected hits a step: more than 4 hits are missed in the third step.
         assert steps == 3
         assert replaced == K - LIVE
@@ -415,6 +420,25 @@ class TestMaintenance:
         assert len(set(nearest.indices.tolist())) == K - LIVE, "no donor is split twice in one event"
         used = torch.bincount(vq(normal(500, D, seed=99)).indices, minlength=K)
         assert (used > 0).float().mean() > 0.9
+
+    def test_a_copy_shares_the_statistics_of_its_donor(self):
+        vq = self.dying(cap=1.0)
+        part = vq.maintenance["replace"]
+        for step in range(3):
+            out = vq(normal(48, D, seed=step))
+            before = (part.usage.clone(), part.mass.clone())
+            event = vq.update(out)
+        assert event["replaced"] == K - LIVE
+        hits = torch.bincount(out.indices, minlength=K).float()
+        distortion = torch.zeros(K).index_add_(0, out.indices, out.assignment.distance)
+        for statistic, old, new in zip((part.usage, part.mass), before, (hits, distortion), strict=True):
+            merged = 0.95 * old + 0.05 * new
+            torch.testing.assert_close(statistic.sum(), merged.sum())
+            split = (statistic[:LIVE] - merged[:LIVE]).abs() > 0.01 * merged[:LIVE]
+            torch.testing.assert_close(statistic[:LIVE][split], merged[:LIVE][split] / 2)
+            assert split.sum() == K - LIVE
+            assert (statistic[LIVE:] > 0).all()
+        assert (part.idle[LIVE:] == 0).all()
 
     def test_cap_limits_an_event(self):
         vq = self.dying(cap=0.1)
