@@ -94,7 +94,7 @@ def build_quantizer(name: str, *, num_codes: int, dim: int, **overrides: Any) ->
     Raises:
         ValueError: Unknown names or values that cannot work, with the nearest known name.
     """
-    build = _own(name) if ":" in name else look_up("quantizer", name, _registered()).build
+    build = _builder(name)
     try:
         quantizer = build(num_codes, dim, **overrides)
     except ValueError:
@@ -112,9 +112,16 @@ def build_quantizer(name: str, *, num_codes: int, dim: int, **overrides: Any) ->
     return quantizer
 
 
+def _builder(name: str) -> Builder:
+    """The builder that a name means; the error for an unknown one lists the methods alone."""
+    if ":" in name:
+        return _own(name)
+    return (_registered().get(name) or look_up("quantizer", name, methods())).build
+
+
 def accepts(name: str, option: str) -> bool:
     """Whether a method takes an override of that name."""
-    build = _own(name) if ":" in name else look_up("quantizer", name, _registered()).build
+    build = _builder(name)
     parameters = inspect.signature(build).parameters
     return option in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
