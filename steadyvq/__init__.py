@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "across_processes": "steadyvq.quantizers",
     "build_quantizer": "steadyvq.quantizers",
     "list_quantizers": "steadyvq.quantizers",
     "Quantizer": "steadyvq.quantizers",
@@ -32,13 +33,14 @@ __all__ = [
     "Tokenizer",
     "Until",
     "__version__",
+    "across_processes",
     "build_quantizer",
     "list_quantizers",
 ]
 
 if TYPE_CHECKING:
     from steadyvq.models import Tokenizer
-    from steadyvq.quantizers import Quantized, Quantizer, build_quantizer, list_quantizers
+    from steadyvq.quantizers import Quantized, Quantizer, across_processes, build_quantizer, list_quantizers
     from steadyvq.training.stages import Schedule, Stage, Until
 
 

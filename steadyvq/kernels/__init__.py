@@ -274,8 +274,7 @@ def non_stationary(
         indices: (N,) int64 winner of every latent.
         temperature: tau > 0, in units of D.
         row_weight: (N,) r; rows of weight 0 are absent and may hold anything.
-        denominator: M, the number of valid latents, all-reduced if there are several processes. None: the sum of
-            `row_weight`, or N.
+        denominator: M, the number of latents that the loss is a mean over. None: the sum of `row_weight`, or N.
         per_code: normalise the pull by code.
         prior: added to s_j, in latents; a code with much less soft mass than this is hardly pulled.
         squared: D is the squared distance, else the distance.

@@ -4,6 +4,7 @@
 from steadyvq.quantizers.base import Assignment, Quantized, Quantizer
 from steadyvq.quantizers.codebooks import Codebook, FreeCodebook, FrozenCodebook, LinearCodebook
 from steadyvq.quantizers.compose import compose
+from steadyvq.quantizers.processes import across_processes
 from steadyvq.quantizers.registry import Method, accepts, build_quantizer, list_quantizers, methods, register
 from steadyvq.quantizers.vector import VectorQuantizer
 
@@ -18,6 +19,7 @@ __all__ = [
     "Quantizer",
     "VectorQuantizer",
     "accepts",
+    "across_processes",
     "build_quantizer",
     "compose",
     "list_quantizers",

@@ -19,17 +19,21 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all processes of a run; the identity in one process. Quantizers know no engine."""
 
+Gather = Callable[[Tensor], Tensor]
+"""Concatenates rows (n, ...) of all processes, which may differ in number, in the order of their ranks."""
+
 UPDATE_REMINDER_AFTER = 10
 
 
-def no_reduce(tensor: Tensor) -> Tensor:
-    """The reduction of a run with one process: the tensor itself."""
+def alone(tensor: Tensor) -> Tensor:
+    """Sum and concatenation in one process: the tensor itself."""
     return tensor
 
 
@@ -50,7 +54,7 @@ class Assignment:
         indices: The selected code of each latent (N,), int64; -1 where masked.
         distance: Squared distance to the selected code (N,), no gradient.
         selected: The selected codes (N, d); carries the gradient to the codebook.
-        num_valid: Number of latents that are not masked, the denominator of every mean (0-d; summed over processes).
+        num_valid: Number of latents of this forward that are not masked, the denominator of its means (0-d).
         temperature: tau of soft assignments, in units of the squared distance (0-d).
         row_weight: 1 for a valid latent, 0 for a masked one (N,); None if nothing is masked.
         reduce: Sums a tensor over the processes of a run.
@@ -65,7 +69,7 @@ class Assignment:
     num_valid: Tensor
     temperature: Tensor
     row_weight: Tensor | None = None
-    reduce: Reduce = no_reduce
+    reduce: Reduce = alone
     stats: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -74,9 +78,13 @@ class Assignment:
         return (self.indices >= 0) & self.distance.isfinite()
 
     def mean(self, per_latent: Tensor) -> Tensor:
-        """This process's share of the mean of a value per latent (N,) over the valid latents of all processes."""
+        """The mean of a value per latent (N,) over the valid latents of this forward; 0 if there are none.
+
+        Where an optimiser step has several forwards (micro-batches, processes) with unequal numbers of valid latents,
+        its mean is the mean of these weighted by `Quantized.num_valid`; training/loop.py does so.
+        """
         total = per_latent if self.row_weight is None else per_latent * self.row_weight
-        return total.sum() / self.num_valid
+        return total.sum() / self.num_valid.clamp_min(1)
 
     def detach(self) -> Assignment:
         """The same record without gradients, sharing memory."""
@@ -105,6 +113,11 @@ class Quantized:
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.z_q, self.indices, self.loss))
+
+    @property
+    def num_valid(self) -> Tensor:
+        """How many latents the losses are means over (0-d): those that are not masked."""
+        return self.assignment.num_valid
 
     @property
     def stats(self) -> dict[str, Tensor]:
@@ -138,7 +151,8 @@ class Quantizer(nn.Module, ABC):
 
     Attributes:
         spec: The arguments of `build_quantizer` that made this layer (JSON-able), or None.
-        reduce: Sums a tensor over the processes of a run; set by the engine.
+        reduce: Sums a tensor over the processes of a run; see `across_processes`.
+        gather: Concatenates rows over the processes of a run.
         needs_update: Whether `update` must be called after every optimiser step.
     """
 
@@ -153,8 +167,10 @@ class Quantizer(nn.Module, ABC):
         self.num_codes = num_codes
         self.dim = dim
         self.channel_axis = channel_axis
-        self.reduce: Reduce = no_reduce
+        self.reduce: Reduce = alone
+        self.gather: Gather = alone
         self._forwards_without_update: int | None = 0
+        self._warned_of_partial_statistics = False
 
     @abstractmethod
     def forward(self, latents: Tensor, mask: Tensor | None = None) -> Quantized:
@@ -190,8 +206,14 @@ class Quantizer(nn.Module, ABC):
     ) -> None:
         """Places the codes on data: `data` (a random subset of the latents) or `kmeans` (k-means++ and Lloyd).
 
-        Call it before training: it knows no optimiser whose moments it could reset.
+        Call it before training: it knows no optimiser whose moments it could reset. After `across_processes` it places
+        the codes on the latents of all processes.
         """
+
+    @property
+    def batch_coupled(self) -> tuple[str, ...]:
+        """Names of active losses that are no means over latents, so that micro-batches do not add up to the batch."""
+        return ()
 
     @abstractmethod
     def bake(self) -> Quantizer:
@@ -225,8 +247,31 @@ class Quantizer(nn.Module, ABC):
         self._forwards_without_update = None
         if not self.training:
             return {}
+        self._warn_of_partial_statistics(len(batch))
         with torch.no_grad():
             return self._update([item.assignment for item in batch], optimizer, ema)
+
+    def _warn_of_partial_statistics(self, micro_batches: int) -> None:
+        """Warns once where the codebook would be the function of a part of the batch."""
+        if self._warned_of_partial_statistics:
+            return
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if self.needs_update and several and self.reduce is alone:
+            self._warned_of_partial_statistics = True
+            warnings.warn(
+                f"{dist.get_world_size()} processes train, but this quantizer counts the latents of its own process only, "
+                "and codebooks will differ: call steadyvq.across_processes(model) before training",
+                UserWarning,
+                stacklevel=4,
+            )
+        if micro_batches > 1 and self.batch_coupled:
+            self._warned_of_partial_statistics = True
+            warnings.warn(
+                f"the loss {self.batch_coupled[0]!r} couples all latents of a batch, so {micro_batches} accumulated "
+                "micro-batches are not the same as one large batch",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def _update(
         self, batch: list[Assignment], optimizer: torch.optim.Optimizer | None, ema: WeightAverage | None

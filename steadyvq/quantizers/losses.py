@@ -18,7 +18,10 @@ from steadyvq.quantizers.base import Assignment
 
 
 class Loss(Protocol):
-    """A weighted term of a quantizer's loss. A weight of 0 means that it is not evaluated."""
+    """A weighted term of a quantizer's loss. A weight of 0 means that it is not evaluated.
+
+    A loss that is no mean over latents has `batch_coupled = True`: accumulated micro-batches then differ from one batch.
+    """
 
     weight: float
 
@@ -81,6 +84,11 @@ class NonStationary:
     squared: bool = True
     detach_latents: bool = True
 
+    @property
+    def batch_coupled(self) -> bool:
+        """Whether the pull of a code depends on all latents of the batch at once."""
+        return self.per_code
+
     def __call__(self, a: Assignment) -> Tensor:
         """The non-stationary loss (0-d); notes winner mass, effective losers and the largest (unweighted) gradient."""
         out = kernels.non_stationary(
@@ -96,8 +104,8 @@ class NonStationary:
             squared=self.squared,
             detach_latents=self.detach_latents,
         )
-        a.stats["winner_mass"] = a.reduce(a.mean(out.winner_mass))
-        a.stats["effective_losers"] = a.reduce(a.mean(out.effective_losers.clamp_min(1).log())).exp()
+        a.stats["winner_mass"] = a.mean(out.winner_mass)
+        a.stats["effective_losers"] = a.mean(out.effective_losers.clamp_min(1).log()).exp()
         a.stats["ns_grad_max"] = out.grad_max
         return out.loss
 

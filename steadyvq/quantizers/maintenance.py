@@ -257,11 +257,12 @@ class CalibrateTemperature(Maintenance):
 
     def forward(self, batch: UpdateBatch) -> dict[str, float]:
         """Corrects tau by this step's effective losers; nothing happens where no soft assignment was made."""
-        seen = [a.stats["effective_losers"].log() for a in batch.assignments if "effective_losers" in a.stats]
+        seen = [a for a in batch.assignments if "effective_losers" in a.stats]
         if not seen:
             return {}
-        weight = [a.num_valid for a in batch.assignments if "effective_losers" in a.stats]
-        log_seen = sum((s * w for s, w in zip(seen, weight, strict=True)), torch.zeros_like(seen[0])) / sum(weight)
+        sums = [torch.stack([a.num_valid * a.stats["effective_losers"].log(), a.num_valid]) for a in seen]
+        log_sum, count = batch.reduce(torch.stack(sums).sum(0))
+        log_seen = log_sum / count
         error = torch.log(torch.full_like(log_seen, self.effective_losers)) - log_seen
         step = (self.rate * error).clamp(-0.693, 0.693).exp()
         batch.temperature.mul_(torch.where(step.isfinite(), step, 1.0)).clamp_(TEMPERATURE_MIN, TEMPERATURE_MAX)

@@ -23,6 +23,7 @@ from steadyvq.quantizers.base import (
     Quantized,
     Quantizer,
     WeightAverage,
+    alone,
     check_mask,
     from_rows,
     to_rows,
@@ -111,6 +112,12 @@ class VectorQuantizer(Quantizer):
         self._paused = frozenset(self.maintenance if frozen else paused)
         self.estimator = look_up("estimator", estimator or self._built_estimator, ESTIMATORS)
 
+    @property
+    def batch_coupled(self) -> tuple[str, ...]:
+        """See `Quantizer.batch_coupled`."""
+        active = {name: loss for name, loss in self.losses.items() if self.weight(name) != 0}
+        return tuple(name for name, loss in active.items() if getattr(loss, "batch_coupled", False))
+
     def forward(self, latents: Tensor, mask: Tensor | None = None) -> Quantized:
         """See `Quantizer.forward`."""
         self._remind()
@@ -149,10 +156,11 @@ class VectorQuantizer(Quantizer):
             indices=indices,
             distance=distance,
             selected=selected,
-            num_valid=self.reduce(num_valid).clamp_min(1),
+            num_valid=num_valid,
             temperature=self.temperature,
             row_weight=weight,
-            reduce=self.reduce,
+            # Evaluation may run in one process alone, so it must not wait for the others.
+            reduce=self.reduce if self.training else alone,
         )
 
     def _grid(self, latents: Tensor) -> tuple[int, ...]:
@@ -201,6 +209,7 @@ class VectorQuantizer(Quantizer):
         if mask is not None:
             check_mask(mask, latents, self.channel_axis)
             rows = rows[mask.reshape(-1)]
+        rows = self.gather(rows)
         generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
         table = place(rows.to(self.codes.base.device), self.num_codes, method, generator)
         self.codes.set_rows_(table)

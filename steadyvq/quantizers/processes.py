@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Codebooks of data-parallel training: statistics, placement and replacement are functions of the global batch.
+
+    model = DistributedDataParallel(model, broadcast_buffers=False)
+    steadyvq.across_processes(model)
+
+Gradients are the wrapper's business. What `update` and `init_from` do is ours: counts and sums are added over processes,
+noise is drawn from (seed, number of updates), so that every process computes the same codebook bit for bit and nothing
+need be broadcast; `broadcast_buffers=False` lets a missing sum show instead of hiding it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from steadyvq.quantizers.base import Quantizer, alone
+
+
+def across_processes(module: nn.Module, group: dist.ProcessGroup | None = None) -> int:
+    """Lets every quantizer inside `module` count the latents of all processes; call it in each of them.
+
+    Args:
+        module: A model, wrapped or not.
+        group: The processes that train together (None: all).
+
+    Returns:
+        How many processes these are.
+
+    Raises:
+        ValueError: torch.distributed was not initialised.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "across_processes was called in a process that belongs to no group: call torch.distributed.init_process_group "
+            "first, or leave it out in a run of one process"
+        )
+
+    def reduce(tensor: Tensor) -> Tensor:
+        total = tensor.detach().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    def gather(rows: Tensor) -> Tensor:
+        return _concatenate(rows, group)
+
+    for quantizer in _quantizers(module):
+        quantizer.reduce, quantizer.gather = reduce, gather
+    return dist.get_world_size(group)
+
+
+def in_one_process(module: nn.Module) -> None:
+    """Undoes `across_processes`: what follows is done by one process, or by each for itself."""
+    for quantizer in _quantizers(module):
+        quantizer.reduce, quantizer.gather = alone, alone
+
+
+def _quantizers(module: nn.Module) -> list[Quantizer]:
+    return [part for part in module.modules() if isinstance(part, Quantizer)]
+
+
+def _concatenate(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Rows (n, ...) of all processes, in the order of their ranks; n may differ between them."""
+    count = torch.tensor([rows.shape[0]], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, count, group=group)
+    sizes = [int(c) for c in counts]
+    padded = torch.zeros(max(sizes), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+    padded[: rows.shape[0]] = rows.detach()
+    parts = [torch.zeros_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
