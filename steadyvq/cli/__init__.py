@@ -73,6 +73,7 @@ def _add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     train.add_argument("--out", type=Path, help="the run folder (default: runs/RECIPE)")
     train.add_argument("--quantizer", metavar="NAME", help="a method (`steadyvq list`) or file.py:function")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; repeatable")
+    train.add_argument("--init-from", type=Path, metavar="RUN", help="start from the weights of a run or checkpoint")
     train.add_argument("--resume", type=Path, metavar="RUN", help="continue an interrupted run")
     train.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
 

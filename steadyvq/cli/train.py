@@ -13,7 +13,8 @@ from steadyvq.experiments.arms import ArmFailed
 from steadyvq.experiments.demo import NOTE, run_demo
 from steadyvq.report import comparison_table, write_report
 from steadyvq.training.config import RunConfig, read_recipe, resolve, with_absolute_paths
-from steadyvq.training.loop import Diverged, Engine, Interrupted
+from steadyvq.training.loop import MAY_CHANGE, Diverged, Engine, Interrupted
+from steadyvq.training.processes import Processes
 from steadyvq.training.run import RunFolder, check_free, differences
 from steadyvq.training.strict import merge
 from steadyvq.training.tokenizer_task import TokenizerTask
@@ -30,10 +31,12 @@ def train(arguments: argparse.Namespace) -> int:
         print(config.to_yaml(), end="")
         return 0
     path = arguments.out or Path("runs") / Path(arguments.recipe).stem
-    check_free(path)
+    processes = Processes(config.precision)
+    processes.first(lambda: check_free(path))
     task = TokenizerTask(config)
-    _tell_about_data(task)
-    return _fit(task, RunFolder(path, config), resume=False)
+    if processes.is_first:
+        _tell_about_data(task)
+    return _fit(task, RunFolder(path, config), processes, resume=False)
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
@@ -44,7 +47,9 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
             # Options of one method mean nothing, or something else, for another.
             quantizer = {**quantizer, "name": arguments.quantizer, "options": {}}
         recipe = {**recipe, "quantizer": quantizer}
-    overrides = {"data": {"source": arguments.data}} if arguments.data else {}
+    overrides: dict[str, object] = {"data": {"source": arguments.data}} if arguments.data else {}
+    if arguments.init_from:
+        overrides["init_from"] = str(arguments.init_from)
     return with_absolute_paths(resolve(merge({"title": Path(arguments.recipe).stem}, recipe), arguments.set, overrides))
 
 
@@ -52,19 +57,22 @@ def _resume(arguments: argparse.Namespace) -> int:
     run = RunFolder.open(arguments.resume)
     if arguments.out is not None:
         raise ValueError("--out and --resume were both given: a resumed run goes on in its own folder, leave out --out")
-    if arguments.dry_run:
-        print(run.config.to_yaml(), end="")
-        return 0
+    if arguments.init_from is not None:
+        raise ValueError("--init-from and --resume were both given: a resumed run has its weights, leave out --init-from")
     if arguments.recipe or arguments.set or arguments.data or arguments.quantizer:
         asked = _config(arguments) if arguments.recipe else _changed(run.config, arguments)
-        changed = differences(asked.to_dict(), run.config.to_dict())
+        changed = [n for n in differences(asked.to_dict(), run.config.to_dict()) if n not in MAY_CHANGE]
         if changed:
             raise ValueError(
                 f"{arguments.resume} was trained with another configuration (differs in {', '.join(changed[:5])}): "
-                "resume it without recipe or --set, or train anew into another folder with --out"
+                f"resume it without recipe, and with --set for {', '.join(MAY_CHANGE)} alone, or train anew into another "
+                "folder with --out"
             )
-    task = TokenizerTask(run.config)
-    return _fit(task, run, resume=True)
+        run = RunFolder(run.path, asked)
+    if arguments.dry_run:
+        print(run.config.to_yaml(), end="")
+        return 0
+    return _fit(TokenizerTask(run.config), run, Processes(run.config.precision), resume=True)
 
 
 def _changed(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
@@ -84,28 +92,45 @@ def _tell_about_data(task: TokenizerTask) -> None:
             say(f"  {path}: {reason}")
 
 
-def _fit(task: TokenizerTask, run: RunFolder, *, resume: bool) -> int:
-    engine = Engine(task, run, resume=resume)
+def _fit(task: TokenizerTask, run: RunFolder, processes: Processes, *, resume: bool) -> int:
+    tell = say if processes.is_first else _say_nothing
+    engine = Engine(task, run, resume=resume, processes=processes)
     if not resume:
         # Only now: whatever is wrong with the input has been said, and nothing was written.
-        run.begin(shlex.join(["steadyvq", *sys.argv[1:]]))
+        processes.first(lambda: run.begin(shlex.join(["steadyvq", *sys.argv[1:]])))
     parameters = sum(p.numel() for p in task.module.parameters())
-    say(
+    tell(
         f"{run.config.title}: {parameters / 1e6:.2f} M parameters, {engine.total_steps} steps of "
-        f"{run.config.batch_size} images, configuration {run.config.hash()}"
+        f"{run.config.batch_size} images{_cut(engine)}, configuration {run.config.hash()}"
     )
     try:
         engine.fit()
     except Diverged as error:
-        say(f"steadyvq train: {error}")
+        tell(f"steadyvq train: {error}")
         return FAILED
     except Interrupted as stop:
-        say(f"{stop}\nresume with: steadyvq train --resume {shlex.quote(str(run.path))}")
+        tell(f"{stop}\nresume with: steadyvq train --resume {shlex.quote(str(run.path))}")
         return INTERRUPTED if stop.signal == signal.SIGINT else 0
+    finally:
+        processes.close()
+    if not processes.is_first:
+        return 0
     page = write_report([run.path], run.path / "report.html")
     table(comparison_table([run.path]))
     say(f"report: {page}")
     return 0
+
+
+def _say_nothing(line: str) -> None:
+    """What all processes but the first say."""
+
+
+def _cut(engine: Engine) -> str:
+    """How the batch is cut, if it is."""
+    shares, count = engine.stepper.shares, engine.processes.count
+    if count == 1 and len(shares) == 1:
+        return ""
+    return f" ({count} processes, {len(shares)} micro-batches of up to {len(shares[0])} in each)"
 
 
 def demo(arguments: argparse.Namespace) -> int:

@@ -177,8 +177,8 @@ class Tokenizer(nn.Module):
         if quantizer is None:
             quantizer = _build_quantizer(config.get("quantizer"), folder)
         tokenizer = cls.build(AutoencoderConfig(**config["autoencoder"]), quantizer)
-        state = _read_weights(folder)
-        _check_fit(tokenizer.state_dict(), state, folder)
+        state = read_weights(folder)
+        check_fit(tokenizer.state_dict(), state, folder)
         tokenizer.load_state_dict(state)
         return tokenizer.eval()
 
@@ -249,7 +249,12 @@ def _build_quantizer(spec: Any, folder: Path) -> Quantizer:
     return quantizer
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a saved tokenizer by name.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
     path = folder / WEIGHTS_FILE
     try:
         return load_file(path)
@@ -257,7 +262,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a readable safetensors file ({error}): copy or save it again.") from None
 
 
-def _check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Path) -> None:
+def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Path) -> None:
     """Raise ValueError unless names and shapes agree, naming the first few that do not."""
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not expected" for name in found if name not in expected]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The moving average of the weights, which is what gets evaluated and saved."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -28,10 +28,6 @@ class WeightAverage:
         self.shadow = {name: tensor.detach().clone() for name, tensor in self._live.items()}
         self._names = {id(tensor): name for name, tensor in self._live.items()}
 
-    def live(self) -> list[Tensor]:
-        """The tensors that are averaged."""
-        return list(self._live.values())
-
     @torch.no_grad()
     def update(self) -> None:
         """Takes in the weights of one optimiser step."""
@@ -48,9 +44,12 @@ class WeightAverage:
             self.shadow[name][rows] = tensor.detach()[rows]
 
     @torch.no_grad()
-    def align(self, tensors: Iterable[Tensor]) -> None:
-        """Sets the average of whole tensors to their present values (a part that is frozen from now on)."""
-        for tensor in tensors:
+    def align(self, module: nn.Module) -> None:
+        """Sets the average of a module, buffers that training changes included, to its present values.
+
+        For the start of training, and for a part that is frozen from now on.
+        """
+        for _, tensor in _averaged(module):
             name = self._names.get(id(tensor))
             if name is not None:
                 self.shadow[name].copy_(tensor)

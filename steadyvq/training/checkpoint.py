@@ -8,7 +8,7 @@ one where the next start would look for it.
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,16 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(found, default=None)
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints."""
+def prune_checkpoints(folder: Path, keep: int, kept: Collection[Path] = ()) -> None:
+    """Deletes all checkpoints but the newest `keep` and those in `kept`."""
     for path in sorted(folder.glob("step-*.safetensors"))[:-keep]:
+        if path not in kept:
+            path.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes files that a killed process had begun to write."""
+    for path in folder.glob(".step-*.tmp.safetensors"):
         path.unlink()
 
 

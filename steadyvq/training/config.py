@@ -126,11 +126,14 @@ class RunConfig:
         reconstruction: Pixel loss, on images in [-1, 1].
         epochs: Length of the run.
         batch_size: Images per optimiser step, over all processes.
+        micro_batch_size: Most images that one process handles at once (None: its whole share of the batch); gradients
+            are added up until the batch is complete. The result is the same but for rounding.
+        init_from: A run folder, a checkpoint or a saved tokenizer whose weights training starts from.
         seed: Of everything random.
         precision: `32-true` or `bf16-mixed`.
         eval_every: Epochs between evaluations on held-out photographs.
         checkpoint_every: Epochs between checkpoints.
-        keep_checkpoints: How many are kept.
+        keep_checkpoints: How many are kept, beside the one with the best evaluation.
         log_every: Steps between rows of the log.
         probe_images: Held-out crops whose latents are watched for drift and churn.
     """
@@ -144,6 +147,8 @@ class RunConfig:
     reconstruction: Literal["mse", "l1"] = "mse"
     epochs: int = 10
     batch_size: int = 32
+    micro_batch_size: int | None = None
+    init_from: str | None = None
     seed: int = 0
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     eval_every: int = 2
@@ -165,6 +170,8 @@ class RunConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but it must be at least 1")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size is {self.micro_batch_size}, but it must be at least 1, or null")
         factor = self.model.downsampling
         if self.data.crop_size % factor or self.data.crop_size < SMALLEST_CROP:
             raise ValueError(
@@ -273,4 +280,6 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     file, colon, function = name.rpartition(":")
     if file.endswith(".py"):
         name = f"{Path(file).expanduser().resolve()}{colon}{function}"
-    return replace(config, data=replace(config.data, source=source), quantizer=replace(config.quantizer, name=name))
+    start = config.init_from and str(Path(config.init_from).expanduser().resolve())
+    data, quantizer = replace(config.data, source=source), replace(config.quantizer, name=name)
+    return replace(config, data=data, quantizer=quantizer, init_from=start)

@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine: one loop for every task. It owns steps, precision, clipping, averaging, stages, checkpoints, interrupts.
+"""The engine: one loop for every task. It owns steps, processes, precision, averaging, stages, checkpoints, interrupts.
 
-A step is one global batch, whatever the number of objectives. Everything random in a task is a function of (seed,
-position), so a resumed run repeats the uninterrupted one.
+A step is one global batch, whatever the number of objectives, processes and micro-batches. Everything random is a
+function of (seed, position), so a resumed run repeats the uninterrupted one.
 """
 
 import contextlib
+import json
 import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 
+from steadyvq.files import write_text
 from steadyvq.quantizers.names import unknown
 from steadyvq.training.average import WeightAverage
 from steadyvq.training.checkpoint import (
@@ -24,15 +23,22 @@ from steadyvq.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
+    remove_leftovers,
     save_checkpoint,
-    to_device,
 )
+from steadyvq.training.means import Means
+from steadyvq.training.processes import Processes, seed_step
 from steadyvq.training.progress import ProgressReport
 from steadyvq.training.run import RunFolder, differences
+from steadyvq.training.signals import StopRequest, requested
 from steadyvq.training.stages import Schedule
+from steadyvq.training.step import GlobalStep
 from steadyvq.training.task import StepOutput, Task
 
 BROKEN_STEPS = 10
+
+MAY_CHANGE = ("micro_batch_size",)
+"""Settings that a resumed run may change: they decide how a step is computed, not what it computes."""
 
 
 class Interrupted(Exception):
@@ -52,42 +58,6 @@ class Diverged(Exception):
     """Loss or gradients were not finite for many steps in a row; the last checkpoint from before is kept."""
 
 
-class Means:
-    """Running means of named numbers, kept on their device until they are read."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._events: dict[str, int] = {}
-
-    def add(self, values: Mapping[str, Tensor | float]) -> None:
-        """Takes in one value per name."""
-        for name, value in values.items():
-            number = value.detach().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-            self._sums[name] = self._sums[name] + number if name in self._sums else number
-            self._counts[name] = self._counts.get(name, 0) + 1
-
-    def count(self, name: str) -> None:
-        """Counts an event; `read` gives the number of events of that name, not a mean."""
-        self._events[name] = self._events.get(name, 0) + 1
-
-    def read(self) -> dict[str, float]:
-        """The means so far, and the counts of events."""
-        return {**{name: float(total) / self._counts[name] for name, total in self._sums.items()}, **self._events}
-
-    def reset(self) -> None:
-        """Starts anew."""
-        self._sums, self._counts, self._events = {}, {}, {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Sums and counts."""
-        return {"sums": dict(self._sums), "counts": dict(self._counts), "events": dict(self._events)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict()`."""
-        self._sums, self._counts, self._events = (dict(state[name]) for name in ("sums", "counts", "events"))
-
-
 class Engine:
     """Trains a task into a run folder.
 
@@ -96,38 +66,71 @@ class Engine:
         run: Where it leaves its traces; `run.config` says how long, how fast, how often.
         resume: Continue from the newest checkpoint of the folder.
         quiet: Show no progress.
+        processes: Those that train together (None: as a launcher has started them).
+
+    Raises:
+        ValueError: Task, configuration, checkpoint or processes do not fit together.
     """
 
-    def __init__(self, task: Task, run: RunFolder, *, resume: bool = False, quiet: bool = False) -> None:
-        self.task, self.run, self.config, self.quiet = task, run, run.config, quiet
-        self.fabric = Fabric(accelerator="auto", devices=1, precision=self.config.precision)
-        self.model = self.fabric.setup_module(task.module)
+    def __init__(
+        self,
+        task: Task,
+        run: RunFolder,
+        *,
+        resume: bool = False,
+        quiet: bool = False,
+        processes: Processes | None = None,
+    ) -> None:
+        self.task, self.run, self.config = task, run, run.config
+        self.processes = processes or Processes(self.config.precision)
+        self.quiet = quiet or not self.processes.is_first
+        run.read_only = not self.processes.is_first
+        self.fabric = self.processes.fabric
+        optim = self.config.optim
+        self.stepper = GlobalStep(
+            task, self.processes, self.config.batch_size, self.config.micro_batch_size, optim.grad_clip
+        )
+        self.schedule = Schedule(self.config.stages)
+        self._check()
+        # The optimisers hold the parameters as they are on the device.
+        self.fabric.to_device(task.module)
         self.optimizers: dict[str, Any] = {
             name: self.fabric.setup_optimizers(task.optimizer(name)) for name in task.objectives
         }
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
-        self.average = WeightAverage(task.module, self.config.optim.ema_decay)
-        self.schedule = Schedule(self.config.stages)
+        self.average = WeightAverage(task.module, optim.ema_decay)
         self.window, self.epoch_means = Means(), Means()
         self.step, self.seconds, self.broken = 0, 0.0, 0
-        self._signal: int | None = None
-        for stage in self.config.stages:
-            if stage.until.plateau is not None and stage.until.plateau not in task.watchable:
-                raise unknown(f"metric for the plateau of stage {stage.name!r}", stage.until.plateau, task.watchable)
-        checkpoint = latest_checkpoint(run.checkpoints) if resume else None
-        if checkpoint is not None:
-            self._resume(checkpoint)
-        else:
-            task.module.to(self.fabric.device)
+        self.best: dict[str, Any] | None = None
+        self._note = ""
+        checkpoint = self.processes.first(lambda: latest_checkpoint(run.checkpoints)) if resume else None
+        if checkpoint is None:
             task.prepare()
-            self.average.align(self.average.live())
+        else:
+            self._resume(checkpoint)
+        self.processes.connect(task.module)
+        self._enter_stage()
+        if checkpoint is None:
+            self.average.align(task.module)
         if resume:
-            # Without a checkpoint the run begins anew: it was stopped before its first.
-            run.truncate_log(self.step if checkpoint else -1)
-            run.write_info(status="running")
-        task.on_stage(self.schedule)
+            self.processes.first(lambda: self._continue_folder(begun=checkpoint is not None))
+
+    def _check(self) -> None:
+        for stage in self.config.stages:
+            if stage.until.plateau is not None and stage.until.plateau not in self.task.watchable:
+                raise unknown(
+                    f"metric for the plateau of stage {stage.name!r}", stage.until.plateau, self.task.watchable
+                )
+        if len(self.stepper.shares) > 1:
+            self.task.check_accumulation()
+
+    def _continue_folder(self, *, begun: bool) -> None:
+        # Without a checkpoint the run begins anew: it was stopped before its first.
+        self.run.truncate_log(self.step if begun else -1)
+        remove_leftovers(self.run.checkpoints)
+        self.run.write_info(status="running")
 
     @property
     def total_steps(self) -> int:
@@ -144,52 +147,57 @@ class Engine:
         """
         started = time.monotonic() - self.seconds
         label = self.config.title or self.run.path.name
-        if self.step == 0:
-            self._log_stage()
-        previous = self._catch_signals()
         try:
-            with ProgressReport(label, self.total_steps, self.step, quiet=self.quiet) as progress:
+            if self.step == 0:
+                self.processes.first(self._log_stage)
+            with (
+                StopRequest() as stop,
+                ProgressReport(label, self.total_steps, self.step, quiet=self.quiet) as progress,
+            ):
                 while self.step < self.total_steps:
-                    self._train_step()
+                    asked = self._train_step(stop)
                     self.seconds = time.monotonic() - started
                     self._log_window()
                     if self.step % self.config.steps_per_epoch == 0:
                         self._end_epoch(progress)
                     progress.advance(self._note)
-                    if self._signal is not None:
-                        self._interrupt()
+                    if asked is not None:
+                        self._interrupt(asked)
         except (Diverged, OSError):
             self._mark_failed()
             raise
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        self.run.write_info(status="done", seconds=round(self.seconds, 2))
+        self.processes.first(lambda: self.run.write_info(status="done", seconds=round(self.seconds, 2)))
 
-    _note = ""
-
-    def _train_step(self) -> None:
+    def _train_step(self, stop: StopRequest) -> int | None:
+        """One global batch; returns the signal by which all processes are to stop now, if any was asked."""
         epoch, index = divmod(self.step, self.config.steps_per_epoch)
-        batch = to_device(self.task.batch(epoch, index), self.fabric.device)
+        seed_step(self.config.seed, self.step, self.processes.rank)
+        batches = self.stepper.batches(epoch, index)
+        earlier: list[dict[str, StepOutput]] = [{} for _ in batches]
         logs: dict[str, Tensor | float] = {}
-        for name, optimizer in self.optimizers.items():
+        asked = stop.asked
+        for name, model in self.models.items():
+            optimizer = self.optimizers[name]
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self.config.lr_factor(self.step)
-            optimizer.zero_grad(set_to_none=True)
-            output = self.task.loss(name, self.model, batch)
-            self.fabric.backward(output.loss)
-            norm = self._clip(optimizer)
-            if not bool(torch.isfinite(norm + output.loss.detach())):
+            found = self.stepper.gradient(name, model, optimizer, batches, earlier, tuple(stop.asked))
+            # In several processes only what all of them know of: a signal may have reached some after the sum.
+            asked = found.added if self.processes.count > 1 else asked
+            if not found.finite:
                 self._skip()
                 break
             optimizer.step()
-            logs |= {**output.logs, f"grad_norm/{name}": norm, **self._after_step(name, output, optimizer)}
+            for done, output in zip(earlier, found.outputs, strict=True):
+                done[name] = output
+            events = self.task.after_step(name, found.outputs, optimizer.optimizer, self.average)
+            logs |= {**found.logs, f"grad_norm/{name}": found.norm, **events}
         else:
             self.broken = 0
             self.average.update()
             self.window.add(logs)
             self.epoch_means.add(logs)
         self.step += 1
+        return requested(asked)
 
     def _skip(self) -> None:
         """A step whose loss or gradient is not finite changes nothing and is counted."""
@@ -197,21 +205,23 @@ class Engine:
         self.window.count("skipped")
         if self.broken == BROKEN_STEPS:
             raise Diverged(
-                f"loss or gradients were not finite in {BROKEN_STEPS} steps in a row (step {self.step}): lower optim.lr or "
-                f"optim.codebook_lr; the last checkpoint in {self.run.checkpoints} is kept"
+                f"latents, loss or gradients were not finite in {BROKEN_STEPS} steps in a row (step {self.step}): lower "
+                f"optim.lr or optim.codebook_lr; the last checkpoint in {self.run.checkpoints} is kept"
             )
 
     def _mark_failed(self) -> None:
         with contextlib.suppress(OSError):  # the disk that failed us fails this too
             self.run.write_info(status="failed", seconds=round(self.seconds, 2))
 
-    def _after_step(self, name: str, output: StepOutput, optimizer: Any) -> Mapping[str, float]:
-        return self.task.after_step(name, [output], optimizer.optimizer, self.average)
-
-    def _clip(self, optimizer: Any) -> Tensor:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        limit = self.config.optim.grad_clip
-        return torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+    def _enter_stage(self) -> None:
+        """Applies the present stage and wraps the modules anew: a wrapper waits for every parameter it was given."""
+        self.task.on_stage(self.schedule)
+        trained = {name: self.task.trained(name) for name in self.task.objectives}
+        active = {n: module for n, module in trained.items() if any(p.requires_grad for p in module.parameters())}
+        if not active:
+            raise ValueError(f"stage {self.schedule.stage.name!r} freezes everything there is: leave a part to train")
+        self.models: dict[str, Any] = {}  # the old wrappers go before the new ones come
+        self.models = {name: self.fabric.setup_module(module, move_to_device=False) for name, module in active.items()}
 
     def _log_window(self) -> None:
         in_epoch = self.step % self.config.steps_per_epoch
@@ -220,7 +230,8 @@ class Engine:
         values = self.window.read()
         self.window.reset()
         self._note = f"loss {values.get('loss', float('nan')):.4f}"
-        self.run.log("train", **self._where(), stage=self.schedule.stage.name, **values)
+        row = {**self._where(), "stage": self.schedule.stage.name, **values}
+        self.processes.first(lambda: self.run.log("train", **row))
 
     def _where(self) -> dict[str, Any]:
         epoch = (self.step - 1) // self.config.steps_per_epoch if self.step else 0
@@ -233,42 +244,77 @@ class Engine:
         done = self.step // self.config.steps_per_epoch
         means = self.epoch_means.read()
         self.epoch_means.reset()
-        probe = self.task.end_epoch(done)
         watched = {name.rpartition("/")[2]: value for name, value in means.items()}
-        self.run.log("probe", **self._where(), **{"commitment": watched.get("commitment"), **probe})
         last = done == self.config.epochs
-        if done % self.config.eval_every == 0 or last:
-            self._validate(progress)
+        evaluate = done % self.config.eval_every == 0 or last
+        improved = self._measure(done, watched, progress, evaluate=evaluate)
         if not last and self.schedule.step(done, self.config.epochs, watched):
-            frozen = set(self.schedule.stage.frozen)
-            self.task.on_stage(self.schedule)
-            self._align(frozen)
-            self._log_stage()
+            self._enter_stage()
+            self._align(set(self.schedule.stage.frozen))
+            self.processes.first(self._log_stage)
             progress.say(f"step {self.step}: stage {self.schedule.stage.name} ({self.schedule.reason})")
-        if done % self.config.checkpoint_every == 0 or last:
+        if done % self.config.checkpoint_every == 0 or last or improved:
             self.save()
+
+    def _measure(self, done: int, watched: Mapping[str, float], progress: ProgressReport, *, evaluate: bool) -> bool:
+        """The first process measures for all; returns whether the evaluation is the best so far."""
+
+        def measure() -> dict[str, Any] | None:
+            probe = self.task.end_epoch(done)
+            self.run.log("probe", **self._where(), **{"commitment": watched.get("commitment"), **probe})
+            return self._validate(progress) if evaluate else None
+
+        with self.processes.alone(self.task.module):
+            best = self.processes.first(measure)
+        self.best = best or self.best
+        return best is not None
 
     def _align(self, frozen: set[str]) -> None:
         """A frozen part is evaluated as it is: its average would drift on towards it, and tokens with it."""
         for name, modules in self.task.parts().items():
             if name in frozen:
                 for module in modules:
-                    self.average.align(module.parameters())
+                    self.average.align(module)
 
-    def _validate(self, progress: ProgressReport) -> None:
+    def _validate(self, progress: ProgressReport) -> dict[str, Any] | None:
+        """Evaluates the averaged weights; returns what makes it the best evaluation so far, if it is."""
+        modes = {module: module.training for module in self.task.module.modules()}
         with self.average.applied():
             self.task.module.eval()
             values = self.task.validate(self.step, self.run)
-            self.task.module.train()
+            self.task.export(self.run.tokenizer)
+            best = self._better(values)
+            if best is not None:
+                self.task.export(self.run.best)
+        for module, training in modes.items():
+            module.training = training
         self.run.log("eval", **self._where(), **values)
         shown = ", ".join(f"{name} {values[name]:.2f}" for name in ("psnr", "utilization") if name in values)
         progress.say(f"step {self.step}: {shown}")
+        return best
+
+    def _better(self, values: Mapping[str, float]) -> dict[str, Any] | None:
+        if self.task.best is None:
+            return None
+        metric, mode = self.task.best
+        value = values[metric]
+        sign = 1 if mode == "max" else -1
+        if self.best is not None and not sign * value > sign * self.best["value"]:
+            return None
+        return {"step": self.step, "metric": metric, "mode": mode, "value": value}
 
     def save(self) -> Path:
-        """Writes a checkpoint of everything that the rest of the run depends on."""
+        """Writes a checkpoint of everything that the rest of the run depends on; keeps the newest and the best."""
         path = checkpoint_path(self.run.checkpoints, self.step)
-        save_checkpoint(path, self._state())
-        prune_checkpoints(self.run.checkpoints, self.config.keep_checkpoints)
+
+        def write() -> None:
+            save_checkpoint(path, self._state())
+            kept = set() if self.best is None else {checkpoint_path(self.run.checkpoints, self.best["step"])}
+            if self.best is not None:
+                write_text(self.run.checkpoints / "best.json", json.dumps(self.best) + "\n")
+            prune_checkpoints(self.run.checkpoints, self.config.keep_checkpoints, kept)
+
+        self.processes.first(write)
         return path
 
     def _state(self) -> dict[str, Any]:
@@ -277,6 +323,7 @@ class Engine:
             "step": self.step,
             "broken": self.broken,
             "seconds": self.seconds,
+            "best": self.best,
             "module": self.task.module.state_dict(),
             "optimizers": {name: optimizer.optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "average": self.average.state_dict(),
@@ -288,7 +335,7 @@ class Engine:
 
     def _resume(self, path: Path) -> None:
         state = load_checkpoint(path)
-        changed = differences(state["config"], self.config.to_dict())
+        changed = [n for n in differences(state["config"], self.config.to_dict()) if n not in MAY_CHANGE]
         if changed:
             raise ValueError(
                 f"{path} was written with another configuration (differs in {', '.join(changed[:5])}): "
@@ -301,25 +348,9 @@ class Engine:
             target = getattr(self, part)
             target.load_state_dict(state[part])
         self.step, self.seconds, self.broken = state["step"], state["seconds"], state["broken"]
+        self.best = state.get("best")
 
-    def _catch_signals(self) -> dict[int, Any]:
-        """The first signal asks for a stop after this step, a second one stops at once."""
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self._signal is not None:
-                raise KeyboardInterrupt
-            self._signal = number
-
-        handlers: dict[int, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                handlers[number] = signal.signal(number, ask)
-            except ValueError:
-                break  # not in the main thread: a caller's own loop handles its signals
-        return handlers
-
-    def _interrupt(self) -> None:
-        assert self._signal is not None
+    def _interrupt(self, signal_number: int) -> None:
         path = self.save()
-        self.run.write_info(status="interrupted", seconds=round(self.seconds, 2))
-        raise Interrupted(self._signal, path)
+        self.processes.first(lambda: self.run.write_info(status="interrupted", seconds=round(self.seconds, 2)))
+        raise Interrupted(signal_number, path)

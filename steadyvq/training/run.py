@@ -21,10 +21,14 @@ class RunFolder:
     Args:
         path: The folder.
         config: The resolved configuration.
+
+    Attributes:
+        read_only: Nothing is written: another process of the run does.
     """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
+        self.read_only = False
 
     @classmethod
     def create(cls, path: Path, config: RunConfig, command: str) -> "RunFolder":
@@ -67,8 +71,15 @@ class RunFolder:
         """Folder of the last saved tokenizer (averaged weights)."""
         return self.path / "tokenizer"
 
+    @property
+    def best(self) -> Path:
+        """Folder of the saved tokenizer with the best evaluation."""
+        return self.path / "best"
+
     def write_info(self, **changes: Any) -> None:
         """Updates run.json."""
+        if self.read_only:
+            return
         path = self.path / "run.json"
         try:
             old = json.loads(path.read_text()) if path.is_file() else {}
@@ -85,6 +96,8 @@ class RunFolder:
 
     def log(self, kind: str, **values: Any) -> None:
         """Appends a row to the log; numbers that JSON does not have become null."""
+        if self.read_only:
+            return
         row = {"kind": kind, **{key: _finite(value) for key, value in values.items()}}
         with self.log_path.open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -190,7 +190,10 @@ class Schedule:
         return f"plateau of {until.plateau} ({until.patience} epochs)"
 
     def apply(self, parts: Mapping[str, Sequence[nn.Module]], quantizer: Quantizer) -> None:
-        """Freezes and thaws parts and sets the quantizer's weights, maintenance and estimator for the present stage."""
+        """Freezes and thaws parts and sets the quantizer's weights, maintenance and estimator for the present stage.
+
+        Frozen parts go into evaluation mode and all others into training mode: call it after `model.train()`.
+        """
         for stage in (*self.stages, self.stage):
             # All of them: a mistake in the last stage is told before the first begins. The present one comes last and stays.
             _configure(stage, parts, quantizer)
@@ -199,6 +202,9 @@ class Schedule:
                 # What was frozen before the first stage stays frozen in all of them.
                 trainable = self._trainable.setdefault(id(parameter), parameter.requires_grad)
                 parameter.requires_grad_(trainable and name not in self.stage.frozen)
+            for module in modules:
+                # Running statistics and dropout of a frozen part would change what it computes.
+                module.train(name not in self.stage.frozen)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next decision depends on."""

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the loop knows of the thing it trains: a `Task`. The loop owns steps, precision, checkpoints and interrupts."""
+"""What the loop knows of the thing it trains: a `Task`. The loop owns steps, processes, precision, checkpoints, interrupts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,17 +17,23 @@ from steadyvq.training.stages import Schedule
 
 @dataclass
 class StepOutput:
-    """One forward of an objective.
+    """One forward of an objective on one micro-batch.
 
     Attributes:
-        loss: What is minimised (0-d).
-        logs: Detached numbers for the log, by name (0-d); their epoch means are what stages may watch.
-        extra: What the task wants back in `after_step`.
+        loss: What is minimised (0-d): a mean over the items of this micro-batch.
+        logs: Detached numbers for the log, by name (0-d), means over the same items; the means of an epoch are what
+            stages may watch.
+        extra: What the task wants back in `after_step` and in later objectives of the same step.
+        count: Number of items the means are over (None: the samples of the micro-batch). The step's loss is the mean
+            over the items of all micro-batches and processes, so masked latents or padded tokens need their number here.
+        finite: 0-d bool, False where something broke that the loss does not show; the step is then skipped.
     """
 
     loss: Tensor
     logs: dict[str, Tensor] = field(default_factory=dict)
     extra: Any = None
+    count: Tensor | None = None
+    finite: Tensor | None = None
 
 
 class Task(ABC):
@@ -36,11 +43,13 @@ class Task(ABC):
         module: Everything that is trained or saved.
         objectives: Names of the objectives, in the order in which one step optimises them.
         watchable: Names of the epoch means that the plateau of a stage may watch.
+        best: The metric of `validate` whose best checkpoint is kept, and which end is best; None: no such metric.
     """
 
     module: nn.Module
     objectives: tuple[str, ...]
     watchable: frozenset[str]
+    best: tuple[str, Literal["max", "min"]] | None = None
 
     @abstractmethod
     def parts(self) -> dict[str, list[nn.Module]]:
@@ -48,35 +57,66 @@ class Task(ABC):
 
     @abstractmethod
     def optimizer(self, objective: str) -> Optimizer:
-        """A fresh optimiser for an objective."""
+        """A fresh optimiser for an objective. No parameter belongs to two of them."""
+
+    def trained(self, objective: str) -> nn.Module:
+        """The module that the objective's optimiser trains and whose forward its loss calls; no two share a parameter."""
+        return self.module
 
     @abstractmethod
-    def batch(self, epoch: int, index: int) -> Any:
-        """The global batch number `index` of an epoch: a pure function of both and of the seed."""
+    def batch(self, epoch: int, positions: range) -> Any:
+        """The samples at these positions of an epoch: a pure function of both and of the seed.
+
+        The engine hands every process its part of the global batch, so the data of a step do not depend on how many
+        processes or micro-batches there are.
+        """
 
     @abstractmethod
-    def loss(self, objective: str, model: nn.Module, batch: Any) -> StepOutput:
-        """The loss of an objective; call `model`, the engine's wrapper of `module`, for the forward."""
+    def loss(self, objective: str, model: nn.Module, batch: Any, earlier: Mapping[str, StepOutput]) -> StepOutput:
+        """The loss of an objective on a micro-batch.
+
+        Args:
+            objective: Which one.
+            model: The engine's wrapper of `trained(objective)`; call it for the forward.
+            batch: What `batch` gave, on the device.
+            earlier: Outputs of the objectives before it, on the same micro-batch; their optimisers have stepped.
+        """
 
     def prepare(self) -> None:  # noqa: B027
-        """Called once before the first step of a new run (not after a resume)."""
+        """Called once before the first step of a new run (not after a resume), with the same effect in every process."""
 
     def after_step(
         self, objective: str, outputs: Sequence[StepOutput], optimizer: Optimizer, average: WeightAverage
-    ) -> Mapping[str, float]:
-        """Bookkeeping after an optimiser step; returns numbers for the log."""
+    ) -> Mapping[str, float | Tensor]:
+        """Bookkeeping after an optimiser step; returns numbers of the global batch for the log.
+
+        Args:
+            objective: Which one was optimised.
+            outputs: One per micro-batch of this process.
+            optimizer: Its optimiser.
+            average: The averaged weights.
+        """
         return {}
 
     def on_stage(self, schedule: Schedule) -> None:  # noqa: B027
         """Applies the present stage."""
 
+    def check_accumulation(self) -> None:  # noqa: B027
+        """Raises ValueError if, in the present stage, micro-batches do not add up to the batch."""
+
     def end_epoch(self, epoch: int) -> Mapping[str, float | None]:
-        """Measures of the trained (not averaged) weights after an epoch, for the log."""
+        """Measures of the trained (not averaged) weights after an epoch, for the log; called in the first process."""
         return {}
 
     @abstractmethod
     def validate(self, step: int, run: RunFolder) -> Mapping[str, float]:
-        """Evaluates `module`, which holds the averaged weights, and leaves pictures and records in the run folder."""
+        """Evaluates `module`, which holds the averaged weights, and leaves pictures and records in the run folder.
+
+        Called in the first process.
+        """
+
+    def export(self, folder: Path) -> None:  # noqa: B027
+        """Writes `module`, which holds the averaged weights, for use without its run; called in the first process."""
 
     def state_dict(self) -> dict[str, Any]:
         """State of the task beside its modules."""

@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from steadyvq.files import write_atomically, write_text
 from steadyvq.metrics import Probe, write_record
 from steadyvq.models import Tokenizer
 from steadyvq.quantizers import Codebook, Quantized, Quantizer, VectorQuantizer, accepts, build_quantizer
+from steadyvq.quantizers.maintenance import ReplaceDead
 from steadyvq.report import code_map, picture_grid
 from steadyvq.training.average import WeightAverage
 from steadyvq.training.config import RunConfig
@@ -21,6 +23,7 @@ from steadyvq.training.evaluation import evaluate, record_of
 from steadyvq.training.run import RunFolder
 from steadyvq.training.stages import Schedule
 from steadyvq.training.task import StepOutput, Task
+from steadyvq.training.weights import load_weights
 
 OBJECTIVE = "tokenizer"
 
@@ -57,6 +60,7 @@ class TokenizerTask(Task):
     """
 
     objectives = (OBJECTIVE,)
+    best = ("psnr", "max")
 
     def __init__(self, config: RunConfig, photographs: Collection | None = None) -> None:
         self.config = config
@@ -94,14 +98,17 @@ class TokenizerTask(Task):
             groups.append({"params": own, "lr": optim.codebook_lr, "eps": eps})
         return Adam(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]))
 
-    def batch(self, epoch: int, index: int) -> Tensor:
-        """Crops of a global batch, (B, 3, S, S) in [-1, 1]."""
-        return self.train_crops.batch(epoch, index * self.config.batch_size, self.config.batch_size)
+    def batch(self, epoch: int, positions: range) -> Tensor:
+        """Crops at these positions of an epoch, (B, 3, S, S) in [-1, 1]."""
+        return self.train_crops.batch(epoch, positions.start, len(positions))
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Places the codes on the first latents, if the configuration asks for it."""
+        """Loads the weights to start from, or places the codes on the first latents, as the configuration asks."""
         settings = self.config.quantizer
+        if self.config.init_from is not None:
+            load_weights(self.tokenizer, Path(self.config.init_from))
+            return
         if settings.init == "none":
             return
         device = next(self.tokenizer.parameters()).device
@@ -111,24 +118,27 @@ class TokenizerTask(Task):
         latents = torch.cat([self.tokenizer.latents(images.to(device)) for images in batches])
         self.quantizer.init_from(latents, method=settings.init, seed=self.config.seed)
 
-    def loss(self, objective: str, model: nn.Module, batch: Tensor) -> StepOutput:
+    def loss(
+        self, objective: str, model: nn.Module, batch: Tensor, earlier: Mapping[str, StepOutput]
+    ) -> StepOutput:
         """Reconstruction plus the quantizer's weighted losses."""
         reconstruction, quantized = model(batch)
-        error = reconstruction.float() - batch
+        error = reconstruction.to(batch.dtype) - batch
         pixel = error.square().mean() if self.config.reconstruction == "mse" else error.abs().mean()
         total = pixel + quantized.loss
         logs = {"loss": total, "loss/reconstruction": pixel}
         logs |= {f"loss/{name}": value for name, value in quantized.losses.items()}
         logs |= {f"vq/{name}": value for name, value in quantized.stats.items()}
-        logs["vq/relative_error"] = _relative_error(quantized)
-        return StepOutput(total, {name: value.detach() for name, value in logs.items()}, quantized)
+        finite = quantized.assignment.distance.isfinite().all()
+        return StepOutput(total, {name: value.detach() for name, value in logs.items()}, quantized, finite=finite)
 
     def after_step(
         self, objective: str, outputs: Sequence[StepOutput], optimizer: Optimizer, average: WeightAverage
-    ) -> Mapping[str, float]:
+    ) -> Mapping[str, float | Tensor]:
         """The quantizer's own bookkeeping."""
         events = self.quantizer.update([output.extra for output in outputs], optimizer, average)
-        logs = {f"vq/{name}": value for name, value in events.items()}
+        logs: dict[str, float | Tensor] = {f"vq/{name}": value for name, value in events.items()}
+        logs["vq/relative_error"] = _relative_error([output.extra for output in outputs], self.quantizer)
         largest = [float(o.extra.stats["ns_grad_max"]) for o in outputs if "ns_grad_max" in o.extra.stats]
         if isinstance(self.quantizer, VectorQuantizer) and largest:
             logs["vq/temperature"] = float(self.quantizer.temperature)
@@ -143,6 +153,17 @@ class TokenizerTask(Task):
         """Freezes parts and sets the quantizer's weights."""
         schedule.apply(self.parts(), self.quantizer)
 
+    def check_accumulation(self) -> None:
+        """Refuses losses that couple the latents of a batch, in any stage."""
+        for stage in self.config.stages:
+            self.quantizer.configure(weights=stage.weights)
+            for name in self.quantizer.batch_coupled:
+                raise ValueError(
+                    f"micro_batch_size is {self.config.micro_batch_size}, but the loss {name!r} of this quantizer couples all "
+                    "latents of a batch, so that micro-batches do not add up to it: leave out micro_batch_size, use more "
+                    "processes, or set the weight of that loss to 0"
+                )
+
     @torch.no_grad()
     def end_epoch(self, epoch: int) -> Mapping[str, float | None]:
         """Drift and churn of the probe images since the epoch before, under the trained weights."""
@@ -156,18 +177,20 @@ class TokenizerTask(Task):
         return self.probe(z, z_q, indices)
 
     def validate(self, step: int, run: RunFolder) -> Mapping[str, float]:
-        """Evaluates on the held-out photographs and saves the tokenizer, a picture, a record and the code counts."""
+        """Evaluates on the held-out photographs and saves a picture, a record and the code counts."""
         result = evaluate(self.tokenizer, self.val_crops, self.config.batch_size)
         record = record_of(result, self.val_crops, self.config.hash(), step)
         write_record(run.path / "evaluations" / f"step-{step:08d}.json", record)
-        usage = {"num_codes": self.quantizer.num_codes, "counts": result.counts.tolist()}
-        write_text(run.path / "usage.json", json.dumps(usage))
+        write_text(run.path / "usage.json", json.dumps(_usage(self.quantizer, result.counts)))
         grid = picture_grid(result.originals, result.reconstructions)
         write_atomically(run.path / "pictures" / f"step-{step:08d}.png", lambda path: grid.save(path))
         codes = code_map(_side_by_side(result.tokens), self.quantizer.num_codes)
         write_atomically(run.path / "codes.png", lambda path: codes.save(path))
-        self.tokenizer.save_pretrained(run.tokenizer)
         return result.metrics
+
+    def export(self, folder: Path) -> None:
+        """Saves the tokenizer."""
+        self.tokenizer.save_pretrained(folder)
 
     def state_dict(self) -> dict[str, Any]:
         """The probe's memory."""
@@ -194,10 +217,23 @@ def _codebook_parameters(quantizer: Quantizer) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def _relative_error(quantized: Quantized) -> Tensor:
-    """|z_q - z|^2 over the spread of z in one batch: quantisation error in a unit that small latents cannot fool."""
-    a = quantized.assignment
-    weight = torch.ones_like(a.distance) if a.row_weight is None else a.row_weight
-    mean = (a.z * weight[:, None]).sum(0) / weight.sum().clamp_min(1)
-    spread = ((a.z - mean).square().sum(-1) * weight).sum()
-    return (a.distance * weight).sum() / spread.clamp_min(1e-12)
+def _relative_error(outputs: Sequence[Quantized], quantizer: Quantizer) -> Tensor:
+    """|z_q - z|^2 over the spread of z in a global batch: quantisation error in a unit that small latents cannot fool."""
+    parts = []
+    for out in outputs:
+        a = out.assignment
+        z, distance = a.z[a.counted].double(), a.distance[a.counted].double()
+        moments = torch.stack([z.new_tensor(len(z)), z.square().sum(), distance.sum()])
+        parts.append(torch.cat([moments, z.sum(0)]))
+    count, squares, error, *total = quantizer.reduce(torch.stack(parts).sum(0))
+    spread = squares - torch.stack(total).square().sum() / count.clamp_min(1)
+    return error / spread.clamp_min(1e-12)
+
+
+def _usage(quantizer: Quantizer, counts: Tensor) -> dict[str, Any]:
+    """Hits per code on the held-out images and, where replacement counts it, how long each code has gone without one."""
+    usage: dict[str, Any] = {"num_codes": quantizer.num_codes, "counts": counts.tolist()}
+    for part in quantizer.modules():
+        if isinstance(part, ReplaceDead):
+            usage |= {"idle": (part.idle / quantizer.num_codes).tolist(), "patience": part.patience}
+    return usage
