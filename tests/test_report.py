@@ -11,11 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from steadyvq.report import code_map, comparison_table, picture_grid, write_report
-from steadyvq.report.charts import usage_figure
 from steadyvq.report.scales import Scale, tick_label, value_scale
 
 HOSTILE = "lr: 1.0e-3  # <script src='https://x.example/a.js'></script> & \"quotes\" \x00\x1b"
@@ -27,7 +25,7 @@ def log_rows(psnr: float = 24.0, steps: int = 400) -> list[dict]:
     for step in range(2, steps + 1, 2):
         stage = "joint" if step <= 200 else "warmup" if step <= 300 else "refine"
         decay = math.exp(-step / 80)
-        row = {"kind": "train", "step": step, "epoch": step // 50, "stage": stage, "seconds": step * 0.02}
+        row = {"kind": "train", "step": step, "epoch": (step - 1) // 50, "stage": stage, "seconds": step * 0.02}
         row |= {"loss": 0.02 + 0.4 * decay, "loss/reconstruction": 0.015 + 0.3 * decay, "loss/codebook": 0.1 * decay}
         if stage == "joint":
             row |= {"loss/ns": 0.1 * decay, "vq/temperature": 0.3 * decay, "vq/winner_mass": 1 - decay}
@@ -38,12 +36,14 @@ def log_rows(psnr: float = 24.0, steps: int = 400) -> list[dict]:
             row["loss/codebook"] = None
         rows.append(row)
         if step % 50 == 0:
-            moved = {"drift": None, "churn": None} if step == 50 else {"drift": decay, "churn": min(1.0, 2 * decay)}
-            rows.append({"kind": "probe", "step": step, "epoch": step // 50, "relative_error": 0.1 + decay, **moved})
+            moved = {"drift": decay, "drift_rms": 3 * decay, "churn": min(1.0, 2 * decay)}
+            moved = dict.fromkeys(moved) if step == 50 else moved
+            row = {"kind": "probe", "step": step, "epoch": step // 50 - 1, "relative_error": 0.1 + decay, **moved}
+            rows.append(row | {"commitment": 0.2 * decay if step <= 200 else None})
         if step % 100 == 0:
             value = psnr - 6 * decay
             rows.append(
-                {"kind": "eval", "step": step, "epoch": step // 50, "seconds": step * 0.02, "psnr": value}
+                {"kind": "eval", "step": step, "epoch": step // 50 - 1, "seconds": step * 0.02, "psnr": value}
                 | {"psnr_low": value - 1, "psnr_high": value + 1, "ssim": 0.7, "utilization": 0.75, "ceiling": 0.98}
                 | {"active": 48, "num_codes": 64, "tokens": 256, "perplexity": 40.0, "relative_error": 0.1 + decay}
             )
@@ -64,6 +64,7 @@ def write_run(folder: Path, title: str = "nsvq", psnr: float = 24.0, pixels: str
     (folder / "usage.json").write_text(json.dumps({"num_codes": 64, "counts": [9] * 8 + [4] * 40 + [0] * 16}))
     record = {
         "metrics": {"psnr": psnr},
+        "step": 400,
         "data": "photos",
         "split": "val",
         "crop": 32,
@@ -71,7 +72,9 @@ def write_run(folder: Path, title: str = "nsvq", psnr: float = 24.0, pixels: str
         "pixels_hash": pixels,
     }
     (folder / "evaluations" / "step-00000400.json").write_text(json.dumps(record))
-    images = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8), dtype=np.uint8)
+    rng = np.random.default_rng(0)
+    code_map(rng.integers(0, 64, (8, 8)), 64).save(folder / "codes.png")
+    images = rng.integers(0, 256, (4, 3, 8, 8), dtype=np.uint8)
     for step in (100, 200, 300, 400):
         picture_grid(images, images, columns=4).save(folder / "pictures" / f"step-{step:08d}.png")
     return rows
@@ -106,6 +109,12 @@ def finite(rows: list[dict], kind: str, key: str) -> int:
     return sum(row["kind"] == kind and row.get(key) is not None and math.isfinite(row[key]) for row in rows)
 
 
+def rows_of(tree: ElementTree.Element, table: str) -> list[list[str]]:
+    """The text of each cell of a table's body, its heads of rows included."""
+    body = next(found for found in tree.iter("table") if found.get("class") == table).find("tbody")
+    return [[text_of(cell) for cell in row] for row in body]
+
+
 def text_of(tree: ElementTree.Element) -> str:
     return " ".join("".join(tree.itertext()).split())
 
@@ -126,6 +135,8 @@ def test_every_row_is_a_point_of_its_curve(tmp_path):
             "ns": ("train", "loss/ns"),
         },
         "Encoder drift": {"probe": ("probe", "drift")},
+        "Encoder drift, absolute": {"probe": ("probe", "drift_rms")},
+        "Commitment": {"mean of the epoch": ("probe", "commitment")},
         "Churn": {"probe": ("probe", "churn")},
         "Temperature": {"temperature": ("train", "vq/temperature")},
         "Winner mass": {"winner mass": ("train", "vq/winner_mass")},
@@ -181,15 +192,13 @@ def test_stages_are_labelled_lines_and_a_table(tmp_path):
     for title, svg in charts(tree).items():
         marks = [group for group in svg.iter("g") if group.get("class", "").startswith("mark")]
         assert [mark.findtext("text") for mark in marks] == ["warmup", "refine"], title
-    table = next(table for table in tree.iter("table") if table.get("class") == "text")
-    cells = [[cell.text for cell in row.iter("td")] for row in table.find("tbody")]
-    assert cells[1] == ["200", "4", "warmup", "plateau of commitment"]
+    assert ["warmup", "200", "100 steps, 2 epochs", "", "", "plateau of commitment"] in rows_of(tree, "text stages")
 
 
 def test_svgs_are_named_images(tmp_path):
     write_run(tmp_path)
     figures = [figure.find("svg") for figure in report(tmp_path).iter("figure") if figure.find("svg") is not None]
-    assert len(figures) == 14
+    assert len(figures) == 17
     for svg in figures:
         assert svg.get("role") == "img"
         assert svg.find("title").text
@@ -241,8 +250,8 @@ def test_pictures_are_embedded_whole_newest_first(tmp_path):
     write_run(tmp_path)
     (tmp_path / "pictures" / "step-00000500.png").write_bytes(b"\x89PNG cut off")
     contents = embedded(report(tmp_path))
-    assert contents[0] == (tmp_path / "pictures" / "step-00000400.png").read_bytes()
-    assert len(contents) == 1 + 4
+    assert contents[:2] == [(tmp_path / name).read_bytes() for name in ("pictures/step-00000400.png", "codes.png")]
+    assert len(contents) == 2 + 4
     for content in contents:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
@@ -265,8 +274,12 @@ def test_several_runs_side_by_side(tmp_path):
     found = charts(tree)
     assert {"PSNR", "Codes used", "Total loss", "Loss: ns"} <= set(found)
     assert all(set(drawn(svg)) == set(names) for svg in found.values())
-    assert len(embedded(tree)) == 3
-    assert sum(figure.get("class") == "chart usage" for figure in tree.iter("figure")) == 3
+    assert embedded(tree) == [
+        (tmp_path / name / picture).read_bytes()
+        for name in names
+        for picture in ("pictures/step-00000400.png", "codes.png")
+    ]
+    assert sum(figure.get("class") == "chart usage" for figure in tree.iter("figure")) == 2 * 3
 
 
 def test_runs_measured_on_different_images_are_not_ranked_silently(tmp_path):
@@ -281,35 +294,6 @@ def test_many_runs_have_different_looks(tmp_path):
         write_run(folder, folder.name)
     groups = [group for group in charts(report(*folders))["PSNR"].iter("g") if group.get("data-label")]
     assert len({group.get("class") for group in groups}) == 13
-
-
-def test_usage_of_several_runs_has_one_axis(tmp_path):
-    for name, count in (("a", 9), ("b", 900)):
-        write_run(tmp_path / name, name)
-        (tmp_path / name / "usage.json").write_text(json.dumps({"num_codes": 2, "counts": [count, 1]}))
-    figures = [f for f in report(tmp_path / "a", tmp_path / "b").iter("figure") if f.get("class") == "chart usage"]
-    axes = [[text.text for text in figure.iter("text") if text.get("class") == "end"] for figure in figures]
-    assert axes[0] == axes[1]
-    assert "100" in axes[0]
-
-
-def test_usage_counts_the_dead_and_draws_every_count():
-    counts = [5, 0, 2, 2, 0, 9, 1, 0]
-    figure = ElementTree.fromstring(usage_figure("run", counts, 0, 9))
-    assert "5 of 8 used, 3 dead" in text_of(figure)
-    bars = next(polygon for polygon in figure.iter("polygon")).get("points").split()
-    xs, ys = zip(*(map(float, point.split(",")) for point in bars), strict=True)
-    unit = (400 - 12 - 48) / 8
-    edges = [round((x - 48) / unit) for x in xs]
-    assert edges == [0, 0, 1, 1, 2, 2, 4, 4, 5, 5]
-    assert ys[1] < ys[3] < ys[5] < ys[7] < ys[9]
-    shade = next(figure.iter("rect"))
-    assert float(shade.get("width")) == pytest.approx(3 * unit, abs=0.02)
-
-
-@pytest.mark.parametrize("counts", [[0, 0, 0], [7], [1, 1], [10**9, 1]])
-def test_usage_of_extreme_codebooks(counts):
-    ElementTree.fromstring(usage_figure("run", counts, 0, max(counts)))
 
 
 def test_a_run_that_has_only_begun(tmp_path):
@@ -371,48 +355,6 @@ def test_writing_leaves_no_other_file(tmp_path):
     write_run(tmp_path / "run")
     write_report([tmp_path / "run"], tmp_path / "pages" / "report.html")
     assert [path.name for path in (tmp_path / "pages").iterdir()] == ["report.html"]
-
-
-def test_picture_grid_shows_every_pixel_of_every_pair():
-    rng = np.random.default_rng(0)
-    above, below = rng.integers(0, 256, (2, 5, 3, 6, 4), dtype=np.uint8)
-    picture = np.asarray(picture_grid(torch.from_numpy(above), torch.from_numpy(below), columns=3, scale=2))
-    assert picture.shape == (2 * (2 * 12 + 1) + 6, 3 * 8 + 2 * 2, 3)
-    seen = np.zeros(picture.shape[:2], bool)
-    for i in range(5):
-        for images, shift in ((above, 0), (below, 13)):
-            for row in range(12):
-                for column in range(8):
-                    y, x = (i // 3) * 31 + shift + row, (i % 3) * 10 + column
-                    assert (picture[y, x] == images[i, :, row // 2, column // 2]).all()
-                    seen[y, x] = True
-    assert (picture[~seen] == 128).all()
-
-
-def test_picture_grid_refuses_in_one_sentence():
-    images = np.zeros((2, 3, 4, 4), np.uint8)
-    with pytest.raises(ValueError, match="originals are float64"):
-        picture_grid(images.astype(float), images)
-    with pytest.raises(ValueError, match="one reconstruction per original"):
-        picture_grid(images, images[:1])
-    with pytest.raises(ValueError, match="at least 1"):
-        picture_grid(images, images, columns=0)
-
-
-def test_code_map_has_one_colour_per_code():
-    indices = torch.arange(4096).reshape(64, 64)
-    picture = np.asarray(code_map(indices, 4096, scale=3))
-    assert picture.shape == (192, 192, 3)
-    tokens = picture[::3, ::3].reshape(-1, 3)
-    assert len(np.unique(tokens, axis=0)) > 4090
-    assert (picture == tokens.reshape(64, 64, 3).repeat(3, 0).repeat(3, 1)).all()
-    again = np.asarray(code_map(np.array([[7, -1, 7]]), 10, scale=1))
-    assert (again[0, 0] == tokens[7]).all(), "the same colour in every picture"
-    assert (again[0, 1] == 128).all()
-    with pytest.raises(ValueError, match="num_codes=10"):
-        code_map(np.array([[10]]), 10)
-    with pytest.raises(ValueError, match=r"shape \(h, w\)"):
-        code_map(np.zeros((2, 2)), 10)
 
 
 @pytest.mark.parametrize(

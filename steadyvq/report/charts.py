@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Charts as inline SVG: curves over steps with stage marks, and the histogram of code usage.
+"""Curves over steps as inline SVG, with marks where stages begin.
 
 Every logged value is a point of its curve: nothing is resampled or smoothed. Colours and line styles are classes that
 the page's style sheet defines for light and for dark; the numbers below are the SVG's own units, about a pixel each.
@@ -16,7 +16,7 @@ from steadyvq.report.scales import Number, Scale, tick_label, value_label, value
 WIDTH, HEIGHT = 400, 234
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 18, 32
 LABEL_HEIGHT = 13
-LETTER = 6.2  # mean width of a letter in axis labels
+LETTER = 7.4  # mean width of a letter in axis labels, at the size that phones show
 MARK_ROWS = 4
 # Values of curves with few points can be pointed at; more dots than this would hide the line.
 DOTS_UP_TO = 60
@@ -126,7 +126,7 @@ def _svg(chart: Chart, shown: Sequence[Series]) -> Markup:
     return tag(
         "svg",
         tag("title", f"{chart.title} over training steps: {names}"),
-        _axes(x, y, "step", unit, chart.percent),
+        axes(x, y, "step", unit, chart.percent),
         *labels,
         *(_band(series, x, y) for series in shown if series.band),
         *(_curve(series, x, y, chart.percent) for series in shown),
@@ -135,19 +135,20 @@ def _svg(chart: Chart, shown: Sequence[Series]) -> Markup:
     )
 
 
-def _axes(x: Scale, y: Scale, x_name: str, y_name: str, percent: bool = False) -> Markup:
+def axes(x: Scale, y: Scale, x_name: str, y_name: str, percent: bool = False) -> Markup:
+    """Return both axes with their ticks and names."""
     left, right, bottom = x.start, x.end, y.start
     parts = []
-    end_label = f"{x_name} {tick_label(x.high)}"
+    end_label = f"{x_name} {x.high:,.0f}"
     for tick in y.ticks(4):
-        at = _n(y(tick))
+        at = place(y(tick))
         parts.append(tag("line", x1=left, x2=right, y1=at, y2=at, class_="grid"))
         parts.append(tag("text", tick_label(tick, percent), x=left - 6, y=at, dy="0.35em", class_="end"))
     for tick in x.ticks(4):
-        at = _n(x(tick))
+        at = place(x(tick))
         parts.append(tag("line", x1=at, x2=at, y1=bottom, y2=bottom + 4, class_="axis"))
         # A label near the end of the axis would run into the axis's name.
-        if x(tick) < right - LETTER * (len(end_label) + len(tick_label(tick)) / 2 + 1):
+        if x(tick) < right - LETTER * (len(end_label) + len(tick_label(tick)) / 2 + 1.5):
             parts.append(tag("text", tick_label(tick), x=at, y=bottom + 16, class_="middle"))
     parts.append(tag("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis"))
     parts.append(tag("text", end_label, x=right, y=bottom + 16, class_="end"))
@@ -167,12 +168,12 @@ def _marks(marks: Sequence[Mark], x: Scale) -> tuple[list[Markup], int]:
         if row == len(ends) and row < MARK_ROWS:
             ends.append(0.0)
         top = TOP + LABEL_HEIGHT * min(row, MARK_ROWS)
-        line = tag("line", x1=_n(at), x2=_n(at), y1=top, y2=HEIGHT - BOTTOM)
+        line = tag("line", x1=place(at), x2=place(at), y1=top, y2=HEIGHT - BOTTOM)
         label = None
         if row < MARK_ROWS:
             ends[row] = start + length
             side = "start" if start == at else "end"
-            label = tag("text", mark.label, x=_n(at + 4 if side == "start" else at - 4), y=top + 9, class_=side)
+            label = tag("text", mark.label, x=place(at + 4 if side == "start" else at - 4), y=top + 9, class_=side)
         hover = tag("title", f"{mark.label}: from step {mark.step:,.0f}")
         parts.append(tag("g", hover, line, label, class_=f"mark {style(mark.colour)}"))
     return parts, len(ends)
@@ -185,7 +186,7 @@ def _curve(series: Series, x: Scale, y: Scale, percent: bool) -> Markup:
         segment = [(step, value) for step, value in group if value is not None]
         if missing:
             continue
-        line = " ".join(f"{_n(x(step))},{_n(y(value))}" for step, value in segment)
+        line = " ".join(f"{place(x(step))},{place(y(value))}" for step, value in segment)
         parts.append(tag("polyline", points=line, class_="dashed" if series.dashed else None))
         if not series.dashed and (dots or len(segment) == 1):
             radius = 3.5 if len(series.values) == 1 else 2
@@ -195,70 +196,15 @@ def _curve(series: Series, x: Scale, y: Scale, percent: bool) -> Markup:
 
 def _dot(label: str, step: float, value: float, x: Scale, y: Scale, percent: bool, radius: Number) -> Markup:
     hover = tag("title", f"{label}, step {step:,.0f}: {value_label(value, percent)}")
-    return tag("circle", hover, cx=_n(x(step)), cy=_n(y(value)), r=radius)
+    return tag("circle", hover, cx=place(x(step)), cy=place(y(value)), r=radius)
 
 
 def _band(series: Series, x: Scale, y: Scale) -> Markup:
-    upper = [f"{_n(x(step))},{_n(y(high))}" for step, _, high in series.band]
-    lower = [f"{_n(x(step))},{_n(y(low))}" for step, low, _ in reversed(series.band)]
+    upper = [f"{place(x(step))},{place(y(high))}" for step, _, high in series.band]
+    lower = [f"{place(x(step))},{place(y(low))}" for step, low, _ in reversed(series.band)]
     return tag("polygon", points=" ".join(upper + lower), class_=f"band {style(series.colour)}")
 
 
-def _n(value: Number) -> str:
+def place(value: Number) -> str:
+    """Return a position as text, to a hundredth of a unit."""
     return f"{value:.2f}".rstrip("0").rstrip(".")
-
-
-def usage_figure(label: str, counts: Sequence[int], colour: int, highest: int) -> Markup:
-    """Return the histogram of code usage: codes from most to least hit, dead codes shaded and counted.
-
-    Args:
-        label: name of the run.
-        counts: hits per code on the held-out images.
-        colour: position in the palette.
-        highest: the count at which the axis ends, so that runs can be compared by eye.
-    """
-    ordered = sorted(counts, reverse=True)
-    active = sum(count > 0 for count in ordered)
-    dead = len(ordered) - active
-    summary = f"{active:,} of {len(ordered):,} used, {dead:,} dead"
-    x = Scale(0, len(ordered), LEFT, WIDTH - RIGHT)
-    # Half a hit is below the bar of a code hit once, which must have a height on a logarithmic axis.
-    y = Scale(0.5, max(2, highest) * 1.3, HEIGHT - BOTTOM, TOP + 6, log=True)
-    dead_codes = _dead_codes(active, dead, x, y) if dead else None
-    uniform = _uniform_line(sum(ordered) / len(ordered), x, y)
-    parts = [dead_codes, _axes(x, y, "code", "hits (log scale)"), _staircase(ordered, active, x, y, colour), uniform]
-    title = tag("title", f"Code usage of {label}, most used code first: {summary}")
-    picture = tag("svg", title, *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img")
-    head = tag("figcaption", tag("span", label, class_="name"), tag("span", summary, class_="last"))
-    return tag("figure", head, picture, class_="chart usage")
-
-
-def _staircase(ordered: Sequence[int], active: int, x: Scale, y: Scale, colour: int) -> Markup:
-    """Draw one step per distinct count, which is exact: codes with equal counts stand side by side."""
-    corners, first = [f"{_n(x(0))},{_n(y.start)}"], 0
-    for count, group in groupby(ordered[:active]):
-        last = first + sum(1 for _ in group)
-        corners += [f"{_n(x(first))},{_n(y(count))}", f"{_n(x(last))},{_n(y(count))}"]
-        first = last
-    corners.append(f"{_n(x(active))},{_n(y.start)}")
-    return tag("polygon", points=" ".join(corners), class_=f"bars {style(colour)}")
-
-
-def _uniform_line(mean: float, x: Scale, y: Scale) -> Markup | None:
-    if mean <= y.low:
-        return None
-    at = y(mean)
-    line = tag("line", x1=x.start, x2=x.end, y1=_n(at), y2=_n(at), class_="dashed")
-    return tag(
-        "g", line, tag("text", "if all were used alike", x=x.end - 4, y=_n(at - 5), class_="end"), class_="neutral"
-    )
-
-
-def _dead_codes(active: int, dead: int, x: Scale, y: Scale) -> Markup:
-    left, width, bottom = x(active), x.end - x(active), y.start
-    shade = tag("rect", x=_n(left), width=_n(width), y=_n(y.end), height=_n(bottom - y.end), class_="shade")
-    text = f"{dead:,} dead"
-    # Where the label has no room the figure's heading tells the count.
-    fits = width > 7 * len(text) + 8
-    label = tag("text", text, x=_n(left + width / 2), y=_n(bottom - 12), class_="middle") if fits else None
-    return tag("g", shade, label, class_="dead")

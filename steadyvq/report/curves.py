@@ -76,12 +76,24 @@ STABILITY = (
         caption="How far the latents of the same images moved since the epoch before, in units of their spread.",
     ),
     Topic(
+        "Encoder drift, absolute",
+        (("probe", "drift_rms", "probe"),),
+        "distance per epoch",
+        caption="The same movement in the latents' own units.",
+    ),
+    Topic(
         "Churn",
         (("probe", "churn", "probe"),),
         "tokens changed per epoch",
         _SHARE,
         percent=True,
         caption="Tokens of the same images that changed since the epoch before.",
+    ),
+    Topic(
+        "Commitment",
+        (("probe", "commitment", "mean of the epoch"),),
+        "squared distance",
+        caption="Commitment loss, mean of each epoch: what the plateau rule of a stage usually watches.",
     ),
     Topic(
         "Temperature",

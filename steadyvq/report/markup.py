@@ -3,8 +3,9 @@
 
 import html
 import re
+from collections.abc import Iterable
 
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "wbr"}
 # Characters that neither HTML nor XML can hold, not even escaped.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
@@ -41,3 +42,17 @@ def tag(name: str, /, *content: object, **attributes: object) -> Markup:
 def join(*content: object) -> Markup:
     """Return several pieces one after the other."""
     return Markup("".join(escape(piece) for piece in content if piece is not None))
+
+
+def table(head: Iterable[str], rows: Iterable[Markup], class_: str | None = None) -> Markup:
+    """Return a table in a box of its own, which scrolls where the page is narrower.
+
+    Args:
+        head: heads of the columns.
+        rows: elements `tr`.
+        class_: of the table.
+    """
+    heads = tag("tr", *(tag("th", name, scope="col") for name in head))
+    body = tag("table", tag("thead", heads), tag("tbody", *rows), class_=class_)
+    # Without a place in the order of tabs the box could not be scrolled by keyboard.
+    return tag("div", body, class_="scroll", tabindex=0)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 Row = dict[str, Any]
 Point = tuple[float, float | None]
 """A step and a value; None breaks the curve, because the row was logged without the value."""
@@ -25,10 +27,15 @@ class Run:
         label: a name that is unique among the runs of one report.
         rows: the readable rows of `log.jsonl`, in the order of the file.
         info: `run.json`, or empty.
-        records: the evaluation records, oldest first.
+        records: the evaluation records by step; the metrics and the name of the file (`file`) stand beside the rest.
         counts: hits of each code on the held-out images, or None.
+        idle: hits that each code has missed since its last one, had all been used alike, or None.
+        patience: how many of these a code may miss before it counts as dead, or None.
         config: the resolved configuration as text, or None.
+        settings: the same as plain values, or empty where it cannot be read.
         pictures: step and file of each picture, oldest first.
+        code_map: the picture of the tokens, or None.
+        best: `checkpoints/best.json`, or empty.
     """
 
     path: Path
@@ -37,8 +44,13 @@ class Run:
     info: dict[str, Any]
     records: list[dict[str, Any]]
     counts: list[int] | None
+    idle: list[float] | None
+    patience: float | None
     config: str | None
+    settings: dict[str, Any]
     pictures: list[tuple[str, Path]]
+    code_map: Path | None
+    best: dict[str, Any]
 
     def points(self, kind: str, key: str) -> list[Point]:
         """Return one point per row of a kind, with None where the row has no finite value of the key."""
@@ -55,13 +67,30 @@ class Run:
         return [key for key in seen if key not in ("step", "epoch", "seconds") and self.has(kind, key)]
 
     def stages(self) -> list[Row]:
-        """Return the rows that say where a stage began."""
-        return [row for row in self.rows if row.get("kind") == "stage" and number(row.get("step")) is not None]
+        """Return the rows that say where a stage began, in order."""
+        rows = [row for row in self.rows if row.get("kind") == "stage" and number(row.get("step")) is not None]
+        return sorted(rows, key=lambda row: float(row["step"]))
 
     def final(self, key: str) -> float | None:
         """Return the last evaluation's value of a key, from the log or else from the newest record."""
-        evaluations = [row for row in self.rows if row.get("kind") == "eval"] or self.records
+        evaluations = [row for row in self.rows if row.get("kind") == "eval"] or self.final_records
         return number(evaluations[-1].get(key)) if evaluations else None
+
+    @property
+    def final_records(self) -> list[dict[str, Any]]:
+        """The newest record that training wrote, or else the newest of all, as a list of one; empty without records."""
+        trained = [record for record in self.records if by_training(record)]
+        return (trained or self.records)[-1:]
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        """Steps of an epoch, from the rows that training writes at the end of one."""
+        ends = [row for row in self.rows if row.get("kind") in ("probe", "eval")]
+        for row in reversed(ends):
+            step, epoch = number(row.get("step")), number(row.get("epoch"))
+            if step and epoch is not None and epoch >= 0:
+                return step / (epoch + 1)
+        return None
 
     @property
     def num_codes(self) -> int | None:
@@ -122,6 +151,11 @@ def number(value: object) -> float | None:
     return converted if math.isfinite(converted) else None
 
 
+def by_training(record: dict[str, Any]) -> bool:
+    """Return whether training wrote the record, and not an evaluation on its own, whatever that measured."""
+    return str(record["file"]).startswith("step-")
+
+
 def _labels(folders: Sequence[Path], infos: Sequence[dict[str, Any]]) -> list[str]:
     names = [folder.resolve().name for folder in folders]
     titles = [str(info.get("title") or name) for info, name in zip(infos, names, strict=True)]
@@ -130,16 +164,23 @@ def _labels(folders: Sequence[Path], infos: Sequence[dict[str, Any]]) -> list[st
 
 
 def _read_run(folder: Path, info: dict[str, Any], label: str) -> Run:
-    config = folder / "config.yaml"
+    config, usage, code_map = folder / "config.yaml", _read_json(folder / "usage.json"), folder / "codes.png"
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None
+    counts = _amounts(usage.get("counts"))
     return Run(
         path=folder,
         label=label,
         rows=_read_rows(folder / "log.jsonl"),
         info=info,
-        records=[_flat(_read_json(path)) for path in sorted((folder / "evaluations").glob("*.json"))],
-        counts=_read_counts(folder / "usage.json"),
-        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
+        records=_read_records(folder / "evaluations"),
+        counts=None if counts is None else [int(count) for count in counts],
+        idle=_amounts(usage.get("idle")),
+        patience=number(usage.get("patience")),
+        config=text,
+        settings=_read_settings(text or ""),
         pictures=[(_step_of(path), path) for path in sorted((folder / "pictures").glob("*.png"))],
+        code_map=code_map if code_map.is_file() else None,
+        best=_read_json(folder / "checkpoints" / "best.json"),
     )
 
 
@@ -164,16 +205,32 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def _read_records(folder: Path) -> list[dict[str, Any]]:
+    read = ((path, _read_json(path)) for path in sorted(folder.glob("*.json")))
+    records = [_flat(record) | {"file": path.name} for path, record in read if record]
+    return sorted(records, key=lambda record: number(record.get("step")) or 0.0)
+
+
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
     metrics = record.get("metrics")
     return {**record, **metrics} if isinstance(metrics, dict) else record
 
 
-def _read_counts(path: Path) -> list[int] | None:
-    counts = _read_json(path).get("counts")
-    if not isinstance(counts, list) or not counts or any(number(count) is None or count < 0 for count in counts):
+def _read_settings(text: str) -> dict[str, Any]:
+    try:
+        # By way of JSON: values that no configuration has become text, and one that holds itself is refused.
+        content = json.loads(json.dumps(yaml.safe_load(text), default=str))
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _amounts(values: object) -> list[float] | None:
+    """Return a list of numbers from zero on, one per code, or None if it is anything else."""
+    if not isinstance(values, list) or not values:
         return None
-    return [int(count) for count in counts]
+    known = [amount for value in values if (amount := number(value)) is not None and amount >= 0]
+    return known if len(known) == len(values) else None
 
 
 def _step_of(path: Path) -> str:

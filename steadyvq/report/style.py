@@ -25,8 +25,9 @@ body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.55 
 main { max-width: 1180px; margin: 0 auto; padding: 56px 28px 72px; }
 h1 { font-size: clamp(1.7rem, 4.5vw, 2.4rem); line-height: 1.15; font-weight: 650; letter-spacing: -0.02em; margin: 0; }
 h2 { font-size: 1.15rem; font-weight: 650; letter-spacing: -0.01em; margin: 56px 0 16px; }
+h3 { font-size: 0.95rem; font-weight: 600; margin: 28px 0 12px; }
 p { margin: 0; max-width: 70ch; }
-h1, h2, p, li, td, th, .name { overflow-wrap: anywhere; }
+h1, h2, h3, p, li, summary, tbody th, .name { overflow-wrap: anywhere; }
 .brand { color: var(--soft); font-size: 0.8rem; letter-spacing: 0.08em; text-transform: uppercase; margin-bottom: 10px; }
 .facts { color: var(--soft); font-size: 0.9rem; margin-top: 12px; }
 .note { margin-top: 18px; font-size: 1.05rem; }
@@ -46,12 +47,22 @@ th, td { padding: 11px 16px; text-align: right; white-space: nowrap; border-top:
 thead th { border-top: 0; color: var(--soft); font-weight: 500; font-size: 0.82rem; }
 th:first-child, td:first-child, table.text th, table.text td { text-align: left; }
 thead th:first-child, tbody th { position: sticky; left: 0; background: var(--panel); }
-tbody th { font-weight: 550; white-space: normal; min-width: 8em; }
-table.text td { white-space: normal; }
+tbody th { font-weight: 550; white-space: normal; min-width: min(13em, 42vw); }
+table.text td { white-space: normal; } table.text :is(td, th) { vertical-align: top; }
 td.best { font-weight: 700; }
 td.best::before { content: ""; display: inline-block; width: 7px; height: 7px; border-radius: 50%; background: var(--p2);
   margin-right: 7px; vertical-align: 0.12em; }
 td small, tbody th small { color: var(--soft); font-weight: 400; }
+td.best small { font-weight: 400; }
+table.records { font-size: 0.86rem; } table.records th, table.records td { padding: 8px 7px; }
+table.records th:first-child, table.records td:first-child { padding-left: 14px; }
+.tall .scroll { max-height: 30rem; overflow: auto; }
+.tall thead th { position: sticky; top: 0; background: var(--panel); box-shadow: 0 1px var(--rule); z-index: 1; }
+.tall thead th:first-child { z-index: 2; }
+table.settings td, table.settings thead th { min-width: 7em; }
+table.settings thead th { white-space: normal; overflow-wrap: anywhere; }
+table.settings tbody th { overflow-wrap: break-word; min-width: 7em; }
+table.stages td:nth-last-child(-n+3) { min-width: 11em; }
 .swatch { width: 20px; height: 10px; flex: none; margin-right: 7px; vertical-align: 0.02em; }
 .grid-of-figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 18px; }
 figure { margin: 0; }
@@ -64,10 +75,10 @@ figcaption .name { font-weight: 600; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 1px 14px; margin: 0 2px 8px; padding: 0; font-size: 0.78rem;
   line-height: 1.6; }
 .legend li { display: flex; align-items: center; min-width: 0; }
-.legend .last { margin-left: 6px; }
+.legend .last { margin-left: 6px; flex: none; }
 .caption { color: var(--soft); font-size: 0.8rem; line-height: 1.45; margin: 6px 2px 0; }
 figure.chart > svg { display: block; width: 100%; height: auto; margin-top: auto; }
-figure.chart > .caption { min-height: 2.9em; }
+figure.chart > .caption { min-height: 2.9em; } figure.usage > .caption { min-height: 4.35em; }
 svg text { font: 11.5px var(--sans); fill: var(--soft); font-variant-numeric: tabular-nums; }
 svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }
 svg .grid { stroke: var(--rule); } svg .axis { stroke: var(--soft); stroke-opacity: 0.6; }
@@ -83,9 +94,13 @@ svg .dashed { stroke-dasharray: 5 4; }
 .band { fill: var(--c); fill-opacity: 0.13; }
 .mark line { stroke: var(--c); stroke-dasharray: 2 3; } .mark text { fill: var(--c); font-size: 10.5px; }
 .bars { fill: var(--c); fill-opacity: 0.8; }
+.bin rect { fill: var(--c); fill-opacity: 0.8; } .bin.dead rect { fill: var(--soft); fill-opacity: 0.55; }
+svg .bin .count { font-size: 10.5px; fill: var(--ink); paint-order: stroke; stroke: var(--panel); stroke-width: 3px; }
+.bin .chance { stroke: var(--ink); stroke-width: 1.5; }
 .dead .shade { fill: var(--shade); } .dead text { fill: var(--ink); }
 .picture img { display: block; max-width: 100%; height: auto; image-rendering: pixelated; border-radius: 8px; }
 .picture figcaption { justify-content: flex-start; margin: 10px 0 0; font-size: 0.88rem; }
+.pictures + .pictures { margin-top: 32px; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap: 28px; }
 details { border: 1px solid var(--rule); border-radius: 12px; background: var(--panel); margin-top: 14px; }
 summary { cursor: pointer; padding: 12px 16px; font-weight: 550; font-size: 0.95rem; }
@@ -100,6 +115,8 @@ footer { color: var(--soft); font-size: 0.82rem; margin-top: 64px; border-top: 1
   .tiles { grid-template-columns: 1fr 1fr; }
   .tiles dd { font-size: 1.3rem; }
   th, td { padding: 10px 12px; }
+  svg text { font-size: 13.5px; } .mark text, svg .bin .count { font-size: 12.5px; }
+  figure.chart > svg { overflow: visible; }
 }
-@media print { body { background: none; } figure, details { break-inside: avoid; } }
+@media print { body { background: none; } .tall .scroll { max-height: none; } figure, details { break-inside: avoid; } }
 """

@@ -105,5 +105,5 @@ SAME_IMAGES = ("data", "split", "crop", "count", "pixels_hash")
 
 def evaluated_differently(runs: Sequence[Run]) -> list[str]:
     """Return what the newest records of the runs disagree on, of all that decides whether numbers may be compared."""
-    records = [run.records[-1] for run in runs if run.records]
+    records = [record for run in runs for record in run.final_records]
     return [key for key in SAME_IMAGES if len({str(record.get(key)) for record in records}) > 1]
