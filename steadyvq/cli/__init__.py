@@ -112,6 +112,25 @@ def _add_report_and_list(commands: "argparse._SubParsersAction[Parser]") -> None
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 2 bad input, 3 failed, 130 interrupted."""
     arguments = build_parser().parse_args(argv)
+    code = _guarded(arguments)
+    if "torch.distributed" in sys.modules:
+        from steadyvq.training.processes import leave
+
+        return leave(code)
+    return code
+
+
+def _told_elsewhere(error: Exception) -> int | None:
+    """The exit code if the first of several processes has told the user already, else None."""
+    from steadyvq.training.processes import FailedElsewhere
+
+    if not isinstance(error, FailedElsewhere):
+        return None
+    return BAD_INPUT if error.bad_input else FAILED
+
+
+def _guarded(arguments: argparse.Namespace) -> int:
+    """Runs a command; failures that a user can mend become a sentence and an exit code."""
     try:
         return _run(arguments)
     except ValueError as error:
@@ -125,6 +144,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"steadyvq {arguments.command}: stopped at once; nothing was saved since the last checkpoint\n"
         )
         return INTERRUPTED
+    except Exception as error:
+        code = _told_elsewhere(error)
+        if code is None:
+            raise
+        return code
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ from steadyvq.training.checkpoint import (
     save_checkpoint,
 )
 from steadyvq.training.means import Means
-from steadyvq.training.processes import Processes, seed_step
+from steadyvq.training.processes import FailedElsewhere, Processes, seed_step
 from steadyvq.training.progress import ProgressReport
 from steadyvq.training.run import RunFolder, differences
 from steadyvq.training.signals import StopRequest, requested
@@ -144,6 +144,7 @@ class Engine:
             Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
             Diverged: Ten steps in a row were not finite.
             OSError: Something could not be written, as on a full disk; the last checkpoint is kept.
+            FailedElsewhere: The same, in the first of several processes.
         """
         started = time.monotonic() - self.seconds
         label = self.config.title or self.run.path.name
@@ -163,7 +164,7 @@ class Engine:
                     progress.advance(self._note)
                     if asked is not None:
                         self._interrupt(asked)
-        except (Diverged, OSError):
+        except (Diverged, OSError, FailedElsewhere):
             self._mark_failed()
             raise
         self.processes.first(lambda: self.run.write_info(status="done", seconds=round(self.seconds, 2)))
@@ -176,6 +177,9 @@ class Engine:
         earlier: list[dict[str, StepOutput]] = [{} for _ in batches]
         logs: dict[str, Tensor | float] = {}
         asked = stop.asked
+        if not self.models:
+            self.models = self.stepper.wrap(self._active, batches[0])
+            seed_step(self.config.seed, self.step, self.processes.rank)
         for name, model in self.models.items():
             optimizer = self.optimizers[name]
             for group in optimizer.param_groups:
@@ -214,14 +218,14 @@ class Engine:
             self.run.write_info(status="failed", seconds=round(self.seconds, 2))
 
     def _enter_stage(self) -> None:
-        """Applies the present stage and wraps the modules anew: a wrapper waits for every parameter it was given."""
+        """Applies the present stage; the wrappers of the stage before go, and the next step makes new ones."""
         self.task.on_stage(self.schedule)
+        self.models: dict[str, Any] = {}
         trained = {name: self.task.trained(name) for name in self.task.objectives}
         active = {n: module for n, module in trained.items() if any(p.requires_grad for p in module.parameters())}
         if not active:
             raise ValueError(f"stage {self.schedule.stage.name!r} freezes everything there is: leave a part to train")
-        self.models: dict[str, Any] = {}  # the old wrappers go before the new ones come
-        self.models = {name: self.fabric.setup_module(module, move_to_device=False) for name, module in active.items()}
+        self._active = active
 
     def _log_window(self) -> None:
         in_epoch = self.step % self.config.steps_per_epoch

@@ -4,7 +4,10 @@
 A launcher starts them (torchrun, or srun in a SLURM job); here they find each other. One process needs no launcher.
 """
 
+import inspect
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,18 +19,34 @@ import torch.distributed as dist
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from steadyvq.quantizers import across_processes
 from steadyvq.quantizers.processes import in_one_process
 
 Result = TypeVar("Result")
 
+# Newer versions of torch have another name for it.
+_KNOWN = inspect.signature(DistributedDataParallel.__init__).parameters
+_BROADCAST = "forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers"
+
 # The others wait this long while the first process evaluates or writes a checkpoint.
 PATIENCE = timedelta(hours=4)
 
 
-class ElsewhereError(OSError):
-    """The first process failed at something that all depend on; it tells what."""
+class FailedElsewhere(Exception):
+    """The first process failed at something that all depend on; it tells what.
+
+    Attributes:
+        bad_input: Whether the user can mend it.
+    """
+
+    def __init__(self, message: str, bad_input: bool) -> None:
+        super().__init__(message, bad_input)  # both, so that a copy can be sent to the other processes
+        self.bad_input = bad_input
+
+    def __str__(self) -> str:
+        return f"process 0: {self.args[0]}"
 
 
 class Processes:
@@ -50,9 +69,8 @@ class Processes:
         self.count = devices * nodes
         options: dict[str, Any] = {}
         if self.count > 1:
-            # Nothing is broadcast between steps: a codebook that is no function of the global batch must show.
-            strategy = DDPStrategy(broadcast_buffers=False, find_unused_parameters=True, timeout=PATIENCE)
-            options = {"strategy": strategy, "num_nodes": nodes}
+            options = {"strategy": DDPStrategy(timeout=PATIENCE), "num_nodes": nodes}
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
         self.fabric = Fabric(accelerator="auto", devices=devices, precision=precision, **options)
         self.fabric.launch()
         self.rank = self.fabric.global_rank
@@ -88,6 +106,23 @@ class Processes:
         dist.all_reduce(total)
         return total
 
+    def wrap(self, module: nn.Module, *, all_used: bool = True) -> Any:
+        """The module as the loop calls it: with autocast, and in several processes with gradients averaged over them.
+
+        A wrapper waits for the gradient of every parameter that wants one when it is made, so a frozen part needs a new
+        one.
+
+        Args:
+            module: On its device already.
+            all_used: Every such parameter gets a gradient in every step; if not, the wrapper looks for the others at
+                each step, which takes time.
+        """
+        if self.count > 1:
+            # Nothing is broadcast between steps: a codebook that is no function of the global batch must show.
+            options = {_BROADCAST: False, "find_unused_parameters": not all_used}
+            self.fabric.strategy._ddp_kwargs = options  # type: ignore[attr-defined]
+        return self.fabric.setup_module(module, move_to_device=False)
+
     def connect(self, module: nn.Module) -> None:
         """Quantizers inside `module` count the latents of all processes from now on."""
         if self.count > 1:
@@ -106,29 +141,39 @@ class Processes:
         """Lets the first process do something and gives its result to all; they fail together.
 
         Raises:
-            ElsewhereError: It failed in the first process, and this is another one.
+            FailedElsewhere: It failed in the first process, and this is another one.
         """
         if self.count == 1:
             return work()
-        outcome: tuple[Any, str | None] = (None, None)
-        failure: Exception | None = None
+        outcome: tuple[Any, FailedElsewhere | None] = (None, None)
+        cause: Exception | None = None
         if self.is_first:
             try:
                 outcome = (work(), None)
             except Exception as error:
-                failure, outcome = error, (None, str(error))
-        result, message = self.fabric.broadcast(outcome)
+                cause, outcome = error, (None, FailedElsewhere(str(error), isinstance(error, ValueError)))
+        result, failure = self.fabric.broadcast(outcome)
         if failure is not None:
-            raise failure
-        if message is not None:
-            raise ElsewhereError(f"process 0: {message}")
+            raise cause or failure
         return result  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """Leaves the group, so that no process aborts at its end because another one has gone already."""
-        if self.count > 1 and dist.is_initialized():
+        """Waits for the others, so that none of them fails because this one has gone; see `leave`."""
+        if self.count > 1:
             self.fabric.barrier()
-            dist.destroy_process_group()
+
+
+def leave(code: int) -> int:
+    """Ends a process that belongs to a group; returns the exit code in one that does not.
+
+    The interpreter's own end is skipped: it destroys gloo's threads while they may still wait for the interpreter, which
+    aborts or hangs about one process in eight.
+    """
+    if dist.is_available() and dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def launched(environment: Mapping[str, str]) -> tuple[int, int]:

@@ -68,6 +68,33 @@ class GlobalStep:
         positions = [range(start + share.start, start + share.stop) for share in self.shares]
         return [to_device(self.task.batch(epoch, own), device) for own in positions]
 
+    def wrap(self, modules: Mapping[str, nn.Module], batch: Any) -> dict[str, Any]:
+        """The wrappers of the modules that the objectives train in this stage.
+
+        Args:
+            modules: By objective.
+            batch: A micro-batch. In several processes it is gone through once for nothing, to see whether every
+                parameter gets a gradient.
+        """
+        if self.processes.count == 1:
+            return {name: self.processes.wrap(module) for name, module in modules.items()}
+        buffers = {buffer: buffer.clone() for buffer in self.task.module.buffers()}
+        earlier: dict[str, StepOutput] = {}
+        wrapped = {}
+        for name, module in modules.items():
+            wanted = [p for p in module.parameters() if p.requires_grad]
+            with _only_trained({id(p) for p in wanted}, self.task), self.processes.fabric.autocast():
+                earlier[name] = self.task.loss(name, module, batch, earlier)
+                self.processes.fabric.backward(earlier[name].loss)
+            missing = torch.tensor([float(sum(p.grad is None for p in wanted))], device=self.processes.fabric.device)
+            wrapped[name] = self.processes.wrap(module, all_used=not bool(self.processes.sum(missing)))
+        for parameter in self.task.module.parameters():
+            parameter.grad = None
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+        return wrapped
+
     def gradient(
         self,
         objective: str,
@@ -90,7 +117,7 @@ class GlobalStep:
         optimizer.zero_grad(set_to_none=True)
         outputs: list[StepOutput] = []
         weights: list[Weight] = []
-        with _only_trained(optimizer, self.task):
+        with _only_trained({id(p) for group in optimizer.param_groups for p in group["params"]}, self.task):
             for i, batch in enumerate(batches):
                 with self._synchronised(model, last=i == len(batches) - 1):
                     output = self.task.loss(objective, model, batch, earlier[i])
@@ -130,7 +157,7 @@ class GlobalStep:
         here = torch.stack([_row(o, names, w) for o, w in zip(outputs, weights, strict=True)]).sum(0)
         here = torch.cat([here, torch.tensor(signals, dtype=here.dtype, device=here.device)])
         parts = [len(names) + 1, 1, 1, len(signals)]
-        shares, weight, broken, added = self.processes.sum(here).split(parts)
+        shares, weight, broken, added = torch.split(self.processes.sum(here), parts)
         means = dict(zip(["", *names], shares / weight, strict=True))
         total: Weight = weight[0].clamp_min(1e-12)
         if self.processes.count == 1 and not any(isinstance(w, Tensor) for w in weights):
@@ -154,9 +181,8 @@ def _is_one(number: Weight) -> bool:
 
 
 @contextmanager
-def _only_trained(optimizer: Any, task: Task) -> Iterator[None]:
+def _only_trained(own: set[int], task: Task) -> Iterator[None]:
     """Parameters of other objectives get no gradient: it would be thrown away, and their wrapper does not expect it."""
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     several = len(task.objectives) > 1
     others = [p for p in task.module.parameters() if several and p.requires_grad and id(p) not in own]
     for parameter in others:

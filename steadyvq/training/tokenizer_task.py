@@ -227,7 +227,8 @@ def _relative_error(outputs: Sequence[Quantized], quantizer: Quantizer) -> Tenso
         parts.append(torch.cat([moments, z.sum(0)]))
     count, squares, error, *total = quantizer.reduce(torch.stack(parts).sum(0))
     spread = squares - torch.stack(total).square().sum() / count.clamp_min(1)
-    return error / spread.clamp_min(1e-12)
+    ratio: Tensor = error / spread.clamp_min(1e-12)
+    return ratio
 
 
 def _usage(quantizer: Quantizer, counts: Tensor) -> dict[str, Any]:

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small tasks on real photographs for tests of the engine, and a program that trains one as a process of a run.
+
+    python tests/toys.py TASK RUN PHOTOS [--resume] [--set KEY=VALUE ...] [--record FILE] [--die STEP]
+
+    masked      an autoencoder of pixel patches in float64 with masks, k-means start, replacement and a freeze
+    fixed       a codebook on latents that do not move, in float32
+    gan         two optimisers: a generator of patches against a discriminator
+    next_token  a recurrent model of grey levels, lines of unequal length
+"""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Adam
+
+from steadyvq.data import CropDataset, load_collection
+from steadyvq.data.crops import uniforms
+from steadyvq.quantizers import build_quantizer
+from steadyvq.training.config import resolve
+from steadyvq.training.loop import Diverged, Engine, Interrupted
+from steadyvq.training.processes import Processes, leave
+from steadyvq.training.run import RunFolder
+from steadyvq.training.task import StepOutput, Task
+
+PATCH, GRID, NOISE = 4, 4, 8
+LEVELS = 16
+
+
+class Toy(Task):
+    """What the toys share: patches of crops of real photographs, Adam, a validation that any change of weights shows."""
+
+    watchable = frozenset({"loss", "commitment"})
+    best = ("size", "max")
+
+    def __init__(self, config):
+        self.config = config
+        photographs = load_collection(config.data.source, min_side=PATCH * GRID, max_side=160)
+        self.crops = CropDataset(photographs, PATCH * GRID, config.data.epoch_samples, config.seed)
+        torch.manual_seed(config.seed)
+        self.module = self.build()
+
+    def patches(self, epoch: int, positions: range) -> Tensor:
+        """(B, 16, 48): the 4x4 pixel patches of each crop, in [-1, 1]."""
+        images = self.crops.batch(epoch, positions.start, len(positions))
+        cut = images.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)
+        return cut.movedim(1, 3).reshape(len(positions), GRID * GRID, -1)
+
+    def parts(self):
+        return {name: [child] for name, child in self.module.named_children()}
+
+    def optimizer(self, objective):
+        return Adam(self.trained(objective).parameters(), lr=self.config.optim.lr)
+
+    def on_stage(self, schedule):
+        for name, (part,) in self.parts().items():
+            part.requires_grad_(name not in schedule.stage.frozen)
+
+    def validate(self, step, run):
+        return {"size": sum(float(p.detach().double().square().sum()) for p in self.module.parameters())}
+
+
+class Autoencoder(nn.Module):
+    """Patches -> latents -> codes -> patches."""
+
+    def __init__(self, quantizer):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(48, 32), nn.GELU(), nn.Linear(32, quantizer.dim))
+        self.quantizer = quantizer
+        self.decoder = nn.Linear(quantizer.dim, 48)
+
+    def forward(self, patches, mask):
+        out = self.quantizer(self.encoder(patches), mask)
+        return self.decoder(out.z_q), out
+
+
+class Masked(Toy):
+    """An autoencoder of patches in float64; in the second half of a batch fewer patches are there."""
+
+    objectives = ("all",)
+    dtype = torch.float64
+
+    def build(self):
+        settings = self.config.quantizer
+        quantizer = build_quantizer(
+            settings.name, num_codes=settings.num_codes, dim=settings.dim, seed=self.config.seed, **settings.options
+        )
+        self.records = {"indices": [], "table": [], "replaced": []}
+        self.quantizer = quantizer
+        forget = quantizer.codes.forget_rows
+
+        def note(rows, *rest):
+            self.replaced[rows] += 1
+            forget(rows, *rest)
+
+        quantizer.codes.forget_rows = note
+        return Autoencoder(quantizer).to(self.dtype)
+
+    def batch(self, epoch, positions):
+        """Patches, and which are there: all 16 in the first half of the global batch, 4 to 6 in the second, or about 3:1."""
+        patches = self.patches(epoch, positions).to(self.dtype)
+        mask = torch.ones(patches.shape[:2], dtype=torch.bool)
+        for i, position in enumerate(positions):
+            if position % self.config.batch_size >= self.config.batch_size // 2:
+                mask[i, 4 + position % 3 :] = False
+        return [patches, mask]
+
+    @torch.no_grad()
+    def prepare(self):
+        patches, mask = self.batch(0, range(2 * self.config.batch_size))
+        latents = self.module.encoder(patches)
+        self.quantizer.init_from(latents, mask, method="kmeans", seed=self.config.seed)
+
+    def loss(self, objective, model, batch, earlier):
+        patches, mask = batch
+        guess, out = model(patches, mask)
+        error = ((guess - patches).square().mean(-1) * mask).sum() / mask.sum()
+        total = error + out.loss
+        logs = {"loss": total, "loss/reconstruction": error, **{f"loss/{k}": v for k, v in out.losses.items()}}
+        return StepOutput(total, {name: value.detach() for name, value in logs.items()}, out, count=out.num_valid)
+
+    def after_step(self, objective, outputs, optimizer, average):
+        self.replaced = torch.zeros(self.quantizer.num_codes, dtype=torch.int64)
+        events = self.quantizer.update([o.extra for o in outputs], optimizer, average)
+        self.records["indices"].append(self.quantizer.gather(torch.cat([o.extra.indices for o in outputs])))
+        self.records["replaced"].append(self.replaced)
+        self.records["table"].append(self.quantizer.codebook())
+        return events
+
+    def on_stage(self, schedule):
+        schedule.apply(self.parts(), self.quantizer)
+
+    def check_accumulation(self):
+        if self.quantizer.batch_coupled:
+            raise ValueError(f"{self.quantizer.batch_coupled[0]} couples the batch")
+
+
+class Fixed(Masked):
+    """The same in float32 with an encoder that is never trained: the latents of a position do not move."""
+
+    dtype = torch.float32
+
+    def build(self):
+        module = super().build()
+        module.encoder.requires_grad_(False)
+        return module
+
+
+class Gan(Toy):
+    """A generator of patches against a discriminator, with dropout, so that steps draw random numbers."""
+
+    objectives = ("generator", "discriminator")
+
+    def build(self):
+        generator = nn.Sequential(nn.Linear(NOISE, 32), nn.GELU(), nn.Dropout(0.1), nn.Linear(32, 48))
+        discriminator = nn.Sequential(nn.Linear(48, 32), nn.LeakyReLU(0.2), nn.Linear(32, 1))
+        return nn.ModuleDict({"generator": generator, "discriminator": discriminator})
+
+    def trained(self, objective):
+        return self.module[objective]
+
+    def batch(self, epoch, positions):
+        noise = [uniforms(NOISE, self.config.seed, epoch, position, 1) for position in positions]
+        return [self.patches(epoch, positions)[:, 5], torch.tensor(noise, dtype=torch.float32)]
+
+    def loss(self, objective, model, batch, earlier):
+        """Hinge losses; the discriminator judges what the generator made before its step."""
+        real, noise = batch
+        if objective == "generator":
+            fake = model(noise)
+            total = -self.module["discriminator"](fake).mean()
+            return StepOutput(total, {"loss": total.detach()}, fake.detach())
+        scores = model(torch.cat([real, earlier["generator"].extra]))
+        total = (1 - scores[: len(real)]).relu().mean() + (1 + scores[len(real) :]).relu().mean()
+        return StepOutput(total, {"loss/discriminator": total.detach()})
+
+
+class Recurrent(nn.Module):
+    """The next grey level from those before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(LEVELS, 16)
+        self.recurrent = nn.GRU(16, 24, batch_first=True)
+        self.head = nn.Linear(24, LEVELS)
+
+    def forward(self, tokens):
+        return self.head(self.recurrent(self.embedding(tokens))[0])
+
+
+class NextToken(Toy):
+    """Grey levels of a line of pixels; lines differ in length, so batches are padded."""
+
+    objectives = ("next",)
+    watchable = frozenset({"loss"})
+
+    def build(self):
+        return Recurrent().double()
+
+    def batch(self, epoch, positions):
+        images = self.crops.batch(epoch, positions.start, len(positions))
+        tokens = ((images[:, :, 3].mean(1) + 1) / 2 * (LEVELS - 1)).round().long()
+        for i, position in enumerate(positions):
+            tokens[i, 6 + position % 10 :] = -100
+        return tokens
+
+    def loss(self, objective, model, batch, earlier):
+        target = batch[:, 1:]
+        logits = model(batch[:, :-1].clamp_min(0))
+        total = cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
+        return StepOutput(total, {"loss": total.detach()}, count=(target >= 0).sum())
+
+
+TASKS = {"masked": Masked, "fixed": Fixed, "gan": Gan, "next_token": NextToken}
+
+
+def toy_config(photos, sets=()):
+    """50 steps of 8 crops, a freeze after 30."""
+    recipe = {
+        "title": "toy",
+        "data": {"source": str(photos), "crop_size": 16, "epoch_samples": 40},
+        "model": {"multipliers": [1, 2]},
+        "quantizer": {
+            "name": "nsvq",
+            "num_codes": 32,
+            "dim": 6,
+            "options": {"maintenance": {"replace": {"patience": 2.0, "cap": 0.1}}},
+        },
+        "optim": {"lr": 1e-3},
+        "stages": [{"name": "joint", "until": {"max_epochs": 6}}, {"name": "refine"}],
+        "epochs": 10,
+        "batch_size": 8,
+        "eval_every": 2,
+        "log_every": 1,
+        "keep_checkpoints": 2,
+    }
+    return resolve(recipe, sets)
+
+
+def main() -> int:
+    """Trains a toy as one process of a run."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--record", type=Path)
+    parser.add_argument("--die", type=int, help="SIGKILL to itself in the middle of this step")
+    arguments = parser.parse_args()
+    config = toy_config(arguments.photos, arguments.set)
+    torch.set_num_threads(1)
+    processes = Processes(config.precision)
+    task = TASKS[arguments.task](config)
+    run = RunFolder(arguments.run, config)
+    engine = Engine(task, run, resume=arguments.resume, quiet=True, processes=processes)
+    if not arguments.resume:
+        processes.first(lambda: run.begin("test"))
+    if arguments.die is not None:
+        die_in_step(engine, arguments.die)
+    try:
+        engine.fit()
+    except Interrupted as stop:
+        return 130 if stop.signal == signal.SIGINT else 0
+    except (Diverged, OSError) as error:
+        print(error, file=sys.stderr)
+        return 3
+    if arguments.record and processes.is_first:
+        torch.save({name: torch.stack(values) for name, values in task.records.items()}, arguments.record)
+    processes.close()
+    return 0
+
+
+def die_in_step(engine, step):
+    """Kills the process between the optimiser and the bookkeeping of a step."""
+    after_step = engine.task.after_step
+
+    def die(*arguments):
+        if engine.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return after_step(*arguments)
+
+    engine.task.after_step = die
+
+
+if __name__ == "__main__":
+    sys.exit(leave(main()))
