@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small tasks on real photographs for tests of the engine, and a program that trains one as a process of a run.
 
-    python tests/toys.py TASK RUN PHOTOS [--resume] [--set KEY=VALUE ...] [--record FILE] [--die STEP]
+python tests/toys.py TASK RUN PHOTOS [--resume] [--set KEY=VALUE ...] [--record FILE] [--die STEP]
 
-    masked      an autoencoder of pixel patches in float64 with masks, k-means start, replacement and a freeze
-    fixed       a codebook on latents that do not move, in float32
-    gan         two optimisers: a generator of patches against a discriminator
-    next_token  a recurrent model of grey levels, lines of unequal length
+masked      an autoencoder of pixel patches in float64 with masks, k-means start, replacement and a freeze
+fixed       a codebook on latents that do not move, in float32
+gan         two optimisers: a generator of patches against a discriminator
+next_token  a recurrent model of grey levels, lines of unequal length
 """
 
 import argparse

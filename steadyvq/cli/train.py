@@ -58,7 +58,9 @@ def _resume(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         raise ValueError("--out and --resume were both given: a resumed run goes on in its own folder, leave out --out")
     if arguments.init_from is not None:
-        raise ValueError("--init-from and --resume were both given: a resumed run has its weights, leave out --init-from")
+        raise ValueError(
+            "--init-from and --resume were both given: a resumed run has its weights, leave out --init-from"
+        )
     if arguments.recipe or arguments.set or arguments.data or arguments.quantizer:
         asked = _config(arguments) if arguments.recipe else _changed(run.config, arguments)
         changed = [n for n in differences(asked.to_dict(), run.config.to_dict()) if n not in MAY_CHANGE]

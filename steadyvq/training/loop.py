@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from steadyvq.files import write_text
 from steadyvq.quantizers.names import unknown
@@ -105,6 +105,8 @@ class Engine:
         self.step, self.seconds, self.broken = 0, 0.0, 0
         self.best: dict[str, Any] | None = None
         self._note = ""
+        self.models: dict[str, Any] = {}
+        self._active: dict[str, nn.Module] = {}
         checkpoint = self.processes.first(lambda: latest_checkpoint(run.checkpoints)) if resume else None
         if checkpoint is None:
             task.prepare()
@@ -220,12 +222,11 @@ class Engine:
     def _enter_stage(self) -> None:
         """Applies the present stage; the wrappers of the stage before go, and the next step makes new ones."""
         self.task.on_stage(self.schedule)
-        self.models: dict[str, Any] = {}
+        self.models = {}
         trained = {name: self.task.trained(name) for name in self.task.objectives}
-        active = {n: module for n, module in trained.items() if any(p.requires_grad for p in module.parameters())}
-        if not active:
+        self._active = {n: module for n, module in trained.items() if any(p.requires_grad for p in module.parameters())}
+        if not self._active:
             raise ValueError(f"stage {self.schedule.stage.name!r} freezes everything there is: leave a part to train")
-        self._active = active
 
     def _log_window(self) -> None:
         in_epoch = self.step % self.config.steps_per_epoch

@@ -118,9 +118,7 @@ class TokenizerTask(Task):
         latents = torch.cat([self.tokenizer.latents(images.to(device)) for images in batches])
         self.quantizer.init_from(latents, method=settings.init, seed=self.config.seed)
 
-    def loss(
-        self, objective: str, model: nn.Module, batch: Tensor, earlier: Mapping[str, StepOutput]
-    ) -> StepOutput:
+    def loss(self, objective: str, model: nn.Module, batch: Tensor, earlier: Mapping[str, StepOutput]) -> StepOutput:
         """Reconstruction plus the quantizer's weighted losses."""
         reconstruction, quantized = model(batch)
         error = reconstruction.to(batch.dtype) - batch
