@@ -154,10 +154,12 @@ class Quantizer(nn.Module, ABC):
         reduce: Sums a tensor over the processes of a run; see `across_processes`.
         gather: Concatenates rows over the processes of a run.
         needs_update: Whether `update` must be called after every optimiser step.
+        places_codes: Whether `init_from` can place the codes on data; a fixed grid has none to place.
     """
 
     spec: dict[str, Any] | None = None
     needs_update: bool = False
+    places_codes: bool = True
 
     def __init__(self, num_codes: int, dim: int, *, channel_axis: int = -1) -> None:
         super().__init__()

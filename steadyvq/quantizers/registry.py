@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from steadyvq.quantizers.base import Quantizer
 from steadyvq.quantizers.names import look_up
 
 Builder = Callable[..., Quantizer]
+Status = Literal["published", "reconstructed", "variant"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Method:
         paper: Where its equations come from.
         summary: One line for tables.
         listed: Whether it is a method of its own (what `bake()` returns is none).
+        status: `published` (as the paper or its official code has it), `reconstructed` (the public text does not fix every
+            choice), or `variant` (ours, or a published idea in another form).
+        example: A small (num_codes, dim) that suits the method, for tests and first looks.
     """
 
     name: str
@@ -39,18 +43,28 @@ class Method:
     paper: str
     summary: str
     listed: bool = True
+    status: Status = "published"
+    example: tuple[int, int] = (24, 6)
 
 
 _METHODS: dict[str, Method] = {}
 
 
-def register(name: str, *, paper: str, summary: str, listed: bool = True) -> Callable[[Builder], Builder]:
-    """Registers a builder under a name."""
+def register(
+    name: str,
+    *,
+    paper: str,
+    summary: str,
+    listed: bool = True,
+    status: Status = "published",
+    example: tuple[int, int] = (24, 6),
+) -> Callable[[Builder], Builder]:
+    """Registers a builder under a name; the arguments are the attributes of `Method`."""
 
     def add(build: Builder) -> Builder:
         if name in _METHODS:
             raise ValueError(f"a method named {name!r} is registered already")
-        _METHODS[name] = Method(name, build, paper, summary, listed)
+        _METHODS[name] = Method(name, build, paper, summary, listed, status, example)
         return build
 
     return add
