@@ -15,7 +15,7 @@ STEPS, ITEMS = 30, 9
 
 def main(result: str) -> None:
     """Trains on fixed random features; the first of two processes has 6 of the 9 samples of each batch."""
-    several = "RANK" in os.environ
+    several = "WORLD_SIZE" in os.environ
     rank = int(os.environ.get("RANK", 0))
     torch.manual_seed(0)
     torch.set_num_threads(1)

@@ -16,28 +16,38 @@ TOYS = Path(__file__).with_name("toys.py")
 SECONDS = 120
 
 
-def start(*arguments: object, processes: int = 1) -> list["subprocess.Popen[str]"]:
-    """Starts `python ARGUMENTS` as the processes of one run, as torchrun would."""
+def environment(rank: int, processes: int, port: int | None = None) -> dict[str, str]:
+    """What torchrun tells a process."""
+    several = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port or free_port()),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
+    return {**os.environ, "OMP_NUM_THREADS": "1", **several}
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        several = {
-            "TORCHELASTIC_RUN_ID": "test",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-        }
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(several if processes > 1 else {})}
-        command = [sys.executable, *map(str, arguments)]
-        started.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    return started
+        port: int = free.getsockname()[1]
+        return port
+
+
+def start(*arguments: object, processes: int = 1) -> list["subprocess.Popen[str]"]:
+    """Starts `python ARGUMENTS` as the processes of one run, as torchrun would; one alone without a launcher."""
+    port = free_port()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, *map(str, arguments)]
+    if processes == 1:
+        return [subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)]
+    told = {"TORCHELASTIC_RUN_ID": "test"}
+    return [
+        subprocess.Popen(command, env=environment(rank, processes, port) | told, **pipes) for rank in range(processes)
+    ]
 
 
 def wait(started: list["subprocess.Popen[str]"], code: int = 0) -> str:
