@@ -241,7 +241,10 @@ def toy_config(task, photos, sets=()):
             "options": {"maintenance": {"replace": {"patience": 2.0, "cap": 0.1}}},
         },
         "optim": {"lr": 1e-3},
-        "stages": [{"name": "joint", "until": {"max_epochs": 3}}, {"name": "refine", "frozen": [TASKS[task].frozen]}],
+        "stages": [
+            {"name": "joint", "until": {"plateau": "loss", "patience": 9, "max_epochs": 3}},
+            {"name": "refine", "frozen": [TASKS[task].frozen]},
+        ],
         "epochs": 6,
         "batch_size": 8,
         "eval_every": 2,

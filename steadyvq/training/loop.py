@@ -229,6 +229,11 @@ class Engine:
         if not self._active:
             raise ValueError(f"stage {self.schedule.stage.name!r} freezes everything there is: leave a part to train")
 
+    def _trained(self) -> list[str]:
+        """Names of the parts that the present stage trains."""
+        parts = self.task.parts().items()
+        return [n for n, modules in parts if any(p.requires_grad for module in modules for p in module.parameters())]
+
     def _log_window(self) -> None:
         in_epoch = self.step % self.config.steps_per_epoch
         if in_epoch and in_epoch % self.config.log_every:
@@ -260,7 +265,8 @@ class Engine:
             self._enter_stage()
             self._align(set(self.schedule.stage.frozen))
             self.processes.first(self._log_stage)
-            progress.say(f"step {self.step}: stage {self.schedule.stage.name} ({self.schedule.reason})")
+            stage, trained = self.schedule.stage, ", ".join(self._trained())
+            progress.say(f"step {self.step}: stage {stage.name} ({self.schedule.reason}) trains {trained}")
         if done % self.config.checkpoint_every == 0 or last or improved:
             self.save()
 
