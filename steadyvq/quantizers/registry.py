@@ -122,7 +122,7 @@ def build_quantizer(name: str, *, num_codes: int, dim: int, **overrides: Any) ->
         ) from error
     if not isinstance(quantizer, Quantizer):
         raise ValueError(f"{name} returned a {type(quantizer).__name__}, but it must return a steadyvq.Quantizer")
-    quantizer.spec = _spec(name, num_codes, dim, overrides)
+    quantizer.spec = _spec(name, num_codes, dim, {**overrides, **quantizer.spec_changes})
     return quantizer
 
 
