@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import steadyvq
 from steadyvq.quantizers import TransformedCodebook, VectorQuantizer, compose
 from steadyvq.quantizers.methods.fvq import BridgeCodebook
+from steadyvq.quantizers.methods.grit import Radius
 from steadyvq.quantizers.registry import methods
 from steadyvq.training.average import WeightAverage
 from steadyvq.training.config import OptimConfig, RunConfig
@@ -645,3 +646,142 @@ def test_examples_fit_their_methods():
     for name in TRANSFORMED:
         num_codes, dim = methods()[name].example
         assert isinstance(steadyvq.build_quantizer(name, num_codes=num_codes, dim=dim), VectorQuantizer)
+
+
+class TestAffine:
+    def test_table_and_gradients_against_loops(self):
+        vq = build("affine").double()
+        codes, z = vq.codes, normal(40, D).double()
+        table = vq.codebook()
+        for j in range(K):
+            for k in range(D):
+                value = (1 + 10 * codes.scale[k]) * codes.base[j, k] + 10 * codes.shift[k]
+                torch.testing.assert_close(table[j, k], value)
+        out = vq(z)
+        grads = torch.autograd.grad(out.loss, (codes.base, codes.scale, codes.shift))
+        want = [torch.zeros_like(g) for g in grads]
+        for i, q in enumerate(out.indices.tolist()):
+            pull = 0.95 * 2 * (table[q] - z[i]) / (40 * D)
+            want[0][q] += pull * (1 + 10 * codes.scale.detach())
+            want[1] += pull * 10 * codes.base[q].detach()
+            want[2] += pull * 10
+        for a, b in zip(grads, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_starts_as_the_base(self):
+        vq = steadyvq.build_quantizer("affine", num_codes=K, dim=D)
+        assert torch.equal(vq.codebook(), vq.codes.base)
+        assert trained(vq, normal(64, D)) == {"codes.base", "codes.scale", "codes.shift"}
+        assert vq.codes.trainable
+
+    def test_codes_hear_a_fifth_of_the_decoder(self):
+        vq = build("affine", losses={"commitment": None, "codebook": None}).double()
+        z, upstream = normal(40, D).double().requires_grad_(), normal(40, D, seed=2).double()
+        out = vq(z)
+        grad_z, grad_base = torch.autograd.grad((out.z_q * upstream).sum(), (z, vq.codes.base))
+        assert torch.equal(grad_z, upstream)
+        expected = torch.zeros_like(grad_base)
+        for i, q in enumerate(out.indices.tolist()):
+            expected[q] += 0.2 * upstream[i] * (1 + 10 * vq.codes.scale.detach())
+        torch.testing.assert_close(grad_base, expected)
+
+    def test_copied_codes_get_the_noise_in_the_table(self):
+        vq = build("affine").double()
+        before, noise = vq.codebook(), normal(2, D).double()
+        dst, src = torch.tensor([3, 9]), torch.tensor([20, 1])
+        vq.codes.copy_rows_(dst, src, noise)
+        sign = (1 + 10 * vq.codes.scale.detach()).sign()
+        torch.testing.assert_close(vq.codebook()[dst], before[src] + noise * sign)
+
+    def test_impossible_rates_are_refused(self):
+        with pytest.raises(ValueError, match="rate is 0"):
+            build("affine", rate=0.0)
+
+
+class TestGrit:
+    @pytest.mark.parametrize("rho", ["log", "identity", "clipped", "constant"])
+    def test_gradients_against_loops(self, rho):
+        vq = build("grit", losses={"commitment": None, "codebook": None}).double()
+        vq.estimator = Radius(rho, limit=1.2)
+        z, upstream = normal(40, D).double().requires_grad_(), normal(40, D, seed=2).double()
+        out = vq(z)
+        grad_z, grad_bias = torch.autograd.grad(
+            (out.z_q * upstream).sum(), (z, vq.codes.bias), allow_unused=True, materialize_grads=True
+        )
+        table, expected_bias, seen_sides = vq.codebook(), torch.zeros(D).double(), set()
+        for i, q in enumerate(out.indices.tolist()):
+            step = table[q] - z[i].detach()
+            r = step.pow(2).sum().sqrt()
+            slope = {"log": 1 / (1 + r), "identity": 1.0, "clipped": float(r < 1.2), "constant": 0.0}[rho]
+            seen_sides.add(bool(r < 1.2))
+            along = slope * (upstream[i] @ step / r) * step / r
+            torch.testing.assert_close(grad_z[i], upstream[i] - along)
+            expected_bias += along
+        assert seen_sides == {True, False}
+        torch.testing.assert_close(grad_bias, expected_bias)
+
+    def test_a_latent_on_its_code_has_a_finite_gradient(self):
+        vq = build("grit")
+        z = vq.codebook()[:3].requires_grad_()
+        (vq(z).z_q.square().sum()).backward()
+        torch.testing.assert_close(z.grad, 2 * z.detach())
+        assert all(p.grad is None or p.grad.isfinite().all() for p in vq.parameters())
+
+    def test_low_rank_map_against_loops(self):
+        codes = build("grit", rank=2).double().codes
+        for j in range(K):
+            down = [codes.base[j] @ codes.down[:, r] for r in range(2)]
+            row = codes.base[j] + sum(down[r] * codes.up[:, r] for r in range(2))
+            torch.testing.assert_close(codes()[j], row)
+        fresh = steadyvq.build_quantizer("grit", num_codes=K, dim=D, rank=2)
+        assert torch.equal(fresh.codebook(), fresh.codes.base)
+        assert {name for name, _ in fresh.named_parameters()} == {"codes.down", "codes.up"}
+        with pytest.raises(ValueError, match="a rank from 1 to 6"):
+            build("grit", rank=7)
+
+    def test_copied_codes_get_noise_of_that_size(self):
+        vq = build("grit", rank=3).double()
+        with torch.no_grad():
+            vq.codes.up *= 9
+        before, noise = vq.codebook(), normal(2000, D).double()
+        moved = []
+        for row in noise:
+            vq.codes.copy_rows_(torch.tensor([3]), torch.tensor([20]), row[None])
+            moved.append((vq.codebook()[3] - before[20]).square().sum())
+        assert torch.stack(moved).mean().item() == pytest.approx(D, rel=0.1)
+
+    def test_its_status_is_told(self):
+        assert methods()["grit"].status == "reconstructed"
+        with pytest.raises(ValueError, match="rho='square'"):
+            Radius("square")
+
+
+class TestCodebooksByName:
+    @pytest.mark.parametrize(
+        "codebook",
+        [
+            {"bridge": {"patch": 2, "hidden": 8, "start": "xavier"}},
+            {"transformer": {"hidden": 8}},
+            "affine",
+            {"low_rank": {"rank": 2}},
+            {"linear": {"train_base": True, "bias": False}},
+        ],
+    )
+    def test_any_codebook_with_any_loss(self, codebook):
+        parts = {"codebook": codebook, "maintenance": {"replace": None}, "init": "normal"}
+        vq = steadyvq.build_quantizer("nsvq", num_codes=K, dim=D, **parts)
+        out = vq(normal(64, D))
+        assert set(out.losses) == {"commitment", "codebook", "ns"}
+        assert torch.autograd.grad(out.losses["ns"], list(vq.parameters()), allow_unused=True)
+        again = steadyvq.build_quantizer(**vq.spec)
+        assert torch.equal(again.codebook(), vq.codebook())
+
+    def test_wrong_settings_are_named(self):
+        with pytest.raises(ValueError, match=r"unknown setting of codebook 'bridge' 'pach'.*did you mean 'patch'"):
+            build("vq", codebook={"bridge": {"pach": 2}})
+        with pytest.raises(ValueError, match="patch of codebook 'bridge' is 'two'"):
+            build("vq", codebook={"bridge": {"patch": "two"}})
+        with pytest.raises(ValueError, match=r"needs a name, {name: settings} or a Codebook"):
+            build("vq", codebook={"bridge": {}, "affine": {}})
+        with pytest.raises(ValueError, match="EMA cannot maintain a AffineCodebook"):
+            build("vq", codebook="affine", maintenance={"ema": {}})

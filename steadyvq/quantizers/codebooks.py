@@ -253,12 +253,8 @@ def _frozen(rows: Tensor, generator: torch.Generator) -> Codebook:
     return FrozenCodebook(rows)
 
 
-def _linear(rows: Tensor, generator: torch.Generator) -> Codebook:
-    return LinearCodebook(rows, generator)
-
-
-CODEBOOKS: dict[str, Callable[[Tensor, torch.Generator], Codebook]] = {
+CODEBOOKS: dict[str, Callable[..., Codebook]] = {
     "free": _free,
     "frozen": _frozen,
-    "linear": _linear,
+    "linear": LinearCodebook,
 }

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from steadyvq.quantizers.base import Quantizer
-from steadyvq.quantizers.codebooks import TransformedCodebook
+from steadyvq.quantizers.codebooks import CODEBOOKS, TransformedCodebook
 from steadyvq.quantizers.compose import compose
 from steadyvq.quantizers.layers import linear
 from steadyvq.quantizers.registry import register
@@ -146,6 +146,9 @@ class BridgeCodebook(TransformedCodebook):
     def copy_rows_(self, dst: Tensor, src: Tensor, noise: Tensor) -> None:
         """Refuses."""
         raise ValueError(f"copy_rows_ cannot copy codes: {self.cannot_copy}")
+
+
+CODEBOOKS["bridge"] = BridgeCodebook
 
 
 def _check(num_codes: int, patch: int, registers: int, hidden: int, depth: int, start: str) -> None:

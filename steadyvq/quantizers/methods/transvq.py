@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from steadyvq.quantizers.base import Quantizer, WeightAverage
-from steadyvq.quantizers.codebooks import TransformedCodebook
+from steadyvq.quantizers.codebooks import CODEBOOKS, TransformedCodebook
 from steadyvq.quantizers.compose import compose
 from steadyvq.quantizers.layers import linear
 from steadyvq.quantizers.registry import register
@@ -117,6 +117,9 @@ class TransformerCodebook(TransformedCodebook):
                 value[rows] = 0
         if average is not None:
             average.copy_rows(self.positions, rows)
+
+
+CODEBOOKS["transformer"] = TransformerCodebook
 
 
 @register(
