@@ -808,3 +808,8 @@ class TestCodebooksByName:
             build("vq", codebook={"bridge": {}, "affine": {}})
         with pytest.raises(ValueError, match="EMA cannot maintain a AffineCodebook"):
             build("vq", codebook="affine", maintenance={"ema": {}})
+
+
+def test_the_list_of_methods_stays_a_function_when_they_are_loaded():
+    assert steadyvq.list_quantizers()
+    assert set(steadyvq.quantizers.methods()) == set(steadyvq.list_quantizers())
