@@ -15,7 +15,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from steadyvq.quantizers.base import unit
 from steadyvq.quantizers.codebooks import CODEBOOKS, INITS, Codebook
 from steadyvq.quantizers.losses import LOSSES, Loss
 from steadyvq.quantizers.maintenance import MAINTENANCE, Maintenance
@@ -34,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "temperature": 0.35,
     "channel_axis": -1,
     "seed": 0,
+    "unit_sphere": False,
 }
 
 
@@ -47,7 +50,7 @@ def compose(num_codes: int, dim: int, preset: Description, overrides: Descriptio
         overrides: Replaces keys of the preset. In `losses` and `maintenance` each entry is merged by itself: a number
             is a weight (losses), a mapping sets fields, None leaves the part out. `temperature` is a number or
             `{"effective_losers": n}`, which calibrates it. A built part (Codebook, Loss, Maintenance) stands for
-            itself.
+            itself; a codebook may also be `{name: settings}` or a function `(rows, generator) -> Codebook`.
 
     Raises:
         ValueError: Unknown names, wrong values, or parts that cannot work together.
@@ -62,7 +65,7 @@ def compose(num_codes: int, dim: int, preset: Description, overrides: Descriptio
     codes = given["codebook"]
     if not isinstance(codes, Codebook):
         rows = look_up("init", given["init"], INITS)(num_codes, dim, generator)
-        codes = look_up("codebook", codes, CODEBOOKS)(rows, generator)
+        codes = _codebook(codes, unit(rows) if given["unit_sphere"] else rows, generator)
     losses = {name: _loss(name, value) for name, value in given["losses"].items() if value is not None}
     maintenance = {
         name: _maintenance(name, value, num_codes, dim)
@@ -84,6 +87,7 @@ def compose(num_codes: int, dim: int, preset: Description, overrides: Descriptio
         temperature=temperature,
         channel_axis=given["channel_axis"],
         seed=given["seed"],
+        unit_sphere=given["unit_sphere"],
     )
 
 
@@ -101,8 +105,9 @@ def _check_options(given: Description) -> None:
     for name in ("init", "assign", "estimator"):
         if not isinstance(given[name], str):
             raise ValueError(f"{name} is {given[name]!r}, but it needs a name")
-    if not isinstance(given["codebook"], str | Codebook):
-        raise ValueError(f"codebook is {given['codebook']!r}, but it needs a name or a Codebook")
+    codes = given["codebook"]
+    if not isinstance(codes, str) and not callable(codes) and not (isinstance(codes, Mapping) and len(codes) == 1):
+        raise ValueError(f"codebook is {codes!r}, but it needs a name, {{name: settings}} or a Codebook")
     if not isinstance(given["temperature"], Mapping):
         _check_number("temperature", given["temperature"])
 
@@ -127,6 +132,14 @@ def _merge(preset: Mapping[str, Any], override: Any) -> dict[str, Any]:
             value = {**old, "weight": value}
         merged[name] = value
     return merged
+
+
+def _codebook(value: Any, rows: Tensor, generator: torch.Generator) -> Codebook:
+    """A codebook from its name, from `{name: settings}`, or from a function."""
+    (name, options) = next(iter(value.items())) if isinstance(value, Mapping) else (value, {})
+    make = name if callable(name) else look_up("codebook", name, CODEBOOKS)
+    codes: Codebook = _call(f"codebook {name!r}", partial(make, rows, generator), dict(options))
+    return codes
 
 
 def _loss(name: str, value: Any) -> Loss:

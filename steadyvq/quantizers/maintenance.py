@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from steadyvq.quantizers.base import Assignment, Reduce
+from steadyvq.quantizers.base import SHORTEST, Assignment, Reduce, unit
 from steadyvq.quantizers.codebooks import Codebook, FrozenCodebook
 
 TEMPERATURE_MIN, TEMPERATURE_MAX = 1e-12, 1e12
@@ -40,6 +40,7 @@ class UpdateBatch:
         generator: Noise for this update, the same in every process.
         rewrite: `rewrite(dst, src, noise)` makes the codes `dst` copies of `src` and tells everyone who remembers rows:
             optimiser, moving average, all maintenance.
+        unit_sphere: Codes are directions: their lengths mean nothing.
     """
 
     assignments: list[Assignment]
@@ -51,6 +52,7 @@ class UpdateBatch:
     reduce: Reduce
     generator: torch.Generator
     rewrite: Callable[[Tensor, Tensor, Tensor], None]
+    unit_sphere: bool = False
 
 
 class Maintenance(nn.Module, ABC):
@@ -130,7 +132,12 @@ class EMA(Maintenance):
             sums.index_add_(0, a.indices[valid], a.z[valid].to(sums))
         self.counts.lerp_(batch.hits.to(self.counts), 1 - self.decay)
         self.sums.lerp_(batch.reduce(sums), 1 - self.decay)
-        batch.codes.set_rows_(self.sums / self._smoothed()[:, None])
+        rows = self.sums / self._smoothed()[:, None]
+        if batch.unit_sphere:
+            # The average of a code that is never hit fades to nothing; its direction stays.
+            length = self.sums.norm(dim=-1, keepdim=True)
+            rows = torch.where(length > SHORTEST, unit(self.sums), batch.codes.base)
+        batch.codes.set_rows_(rows)
         return {}
 
 
@@ -185,6 +192,11 @@ class ReplaceDead(Maintenance):
         self.register_buffer("usage", torch.zeros(num_codes))
         self.register_buffer("mass", torch.zeros(num_codes))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def check(self, codes: Codebook) -> None:
+        """Refuses codebooks whose codes cannot be copied."""
+        if codes.cannot_copy:
+            raise ValueError(f"replacement makes codes copies of others, but {codes.cannot_copy}")
 
     def rows_set(self, table: Tensor) -> None:
         """Forgets the past of the old table."""
