@@ -23,6 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from steadyvq.quantizers.noise import Noise
+
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all processes of a run; the identity in one process. Quantizers know no engine."""
 
@@ -57,6 +59,7 @@ class Assignment:
         num_valid: Number of latents of this forward that are not masked, the denominator of its means (0-d).
         temperature: tau of soft assignments, in units of the squared distance (0-d).
         row_weight: 1 for a valid latent, 0 for a masked one (N,); None if nothing is masked.
+        noise: Random numbers by the position of a latent; None where a record was made without.
         reduce: Sums a tensor over the processes of a run.
         stats: Detached numbers about this assignment, by name, filled by the losses that know them.
     """
@@ -69,6 +72,7 @@ class Assignment:
     num_valid: Tensor
     temperature: Tensor
     row_weight: Tensor | None = None
+    noise: Noise | None = None
     reduce: Reduce = alone
     stats: dict[str, Tensor] = field(default_factory=dict)
 
@@ -136,6 +140,7 @@ def _register_pytree(cls: type) -> None:
     )
 
 
+_register_pytree(Noise)
 _register_pytree(Assignment)
 _register_pytree(Quantized)
 
@@ -155,11 +160,13 @@ class Quantizer(nn.Module, ABC):
         gather: Concatenates rows over the processes of a run.
         needs_update: Whether `update` must be called after every optimiser step.
         places_codes: Whether `init_from` can place the codes on data; a fixed grid has none to place.
+        first_item: Position of the next forward's first sample in the global batch, which says where its noise begins.
     """
 
     spec: dict[str, Any] | None = None
     needs_update: bool = False
     places_codes: bool = True
+    _first_item: Tensor
 
     def __init__(self, num_codes: int, dim: int, *, channel_axis: int = -1) -> None:
         super().__init__()
@@ -172,6 +179,8 @@ class Quantizer(nn.Module, ABC):
         self.reduce: Reduce = alone
         self.gather: Gather = alone
         self._forwards_without_update: int | None = 0
+        # A tensor, so that a compiled forward need not be compiled anew for every position.
+        self.register_buffer("_first_item", torch.zeros((), dtype=torch.int64), persistent=False)
         self._warned_of_partial_statistics = False
 
     @abstractmethod
@@ -211,6 +220,20 @@ class Quantizer(nn.Module, ABC):
         Call it before training: it knows no optimiser whose moments it could reset. After `across_processes` it places
         the codes on the latents of all processes.
         """
+
+    @property
+    def first_item(self) -> int:
+        """Where the next forward's first sample stands among the samples of all micro-batches and processes."""
+        return int(self._first_item)
+
+    @first_item.setter
+    def first_item(self, position: int) -> None:
+        self._first_item.fill_(position)
+
+    @property
+    def exact_in_training(self) -> bool:
+        """Whether z_q is the selected code to the last bit in training too, as it always is in evaluation."""
+        return True
 
     @property
     def batch_coupled(self) -> tuple[str, ...]:
@@ -269,7 +292,7 @@ class Quantizer(nn.Module, ABC):
         if micro_batches > 1 and self.batch_coupled:
             self._warned_of_partial_statistics = True
             warnings.warn(
-                f"the loss {self.batch_coupled[0]!r} couples all latents of a batch, so {micro_batches} accumulated "
+                f"{self.batch_coupled[0]!r} couples all latents of a batch, so {micro_batches} accumulated "
                 "micro-batches are not the same as one large batch",
                 UserWarning,
                 stacklevel=4,

@@ -71,7 +71,7 @@ def register(
 
 
 @cache
-def _load_methods() -> None:
+def load_methods() -> None:
     """Imports every file of `methods/`, so that adding a method is adding a file."""
     package = importlib.import_module("steadyvq.quantizers.methods")
     for module in pkgutil.iter_modules(package.__path__):
@@ -84,7 +84,7 @@ def methods() -> dict[str, Method]:
 
 
 def _registered() -> dict[str, Method]:
-    _load_methods()
+    load_methods()
     return dict(sorted(_METHODS.items()))
 
 
