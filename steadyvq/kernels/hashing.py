@@ -32,7 +32,8 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 def combine(key: Tensor, value: Tensor | int) -> Tensor:
     """A new key from a key and one more number."""
-    return mix(mix(key + _GOLDEN) + value * _GOLDEN)
+    # The product is taken by tensors, which wrap; that of two Python integers would not fit.
+    return mix(mix(key + _GOLDEN) + torch.full_like(key, _GOLDEN) * value)
 
 
 def uniform(key: Tensor, rows: Tensor, columns: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -65,8 +65,10 @@ def _(
     z: Tensor, table: Tensor, indices: Tensor, temperature: Tensor, row_weight: Tensor, strength: float, ranks: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = working_dtype(z, table)
-    return z.new_empty(z.shape[0], dtype=dtype), torch.empty_like(table, dtype=dtype), table.new_empty(
-        table.shape[0], dtype=dtype
+    return (
+        z.new_empty(z.shape[0], dtype=dtype),
+        torch.empty_like(table, dtype=dtype),
+        table.new_empty(table.shape[0], dtype=dtype),
     )
 
 
@@ -128,9 +130,7 @@ def _kernel_average(
 
 
 @_kernel_average.register_fake
-def _(
-    queries: Tensor, keys: Tensor, values: Tensor, temperature: Tensor, present: Tensor, normalise: bool
-) -> Tensor:
+def _(queries: Tensor, keys: Tensor, values: Tensor, temperature: Tensor, present: Tensor, normalise: bool) -> Tensor:
     return queries.new_empty(queries.shape[0], values.shape[1])
 
 

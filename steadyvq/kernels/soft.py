@@ -91,9 +91,7 @@ def _carrier(
 
 
 @_carrier.register_fake
-def _(
-    z: Tensor, table: Tensor, temperature: Tensor, key: Tensor, rows: Tensor, fraction: float, dot: bool
-) -> Tensor:
+def _(z: Tensor, table: Tensor, temperature: Tensor, key: Tensor, rows: Tensor, fraction: float, dot: bool) -> Tensor:
     return torch.empty_like(z)
 
 
@@ -124,7 +122,7 @@ def _(
 
 def _keep(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], output: Tensor) -> None:
     *tensors, fraction, dot = inputs
-    ctx.save_for_backward(*tensors)  # type: ignore[arg-type]
+    ctx.save_for_backward(*tensors)
     ctx.options = (fraction, dot)  # type: ignore[attr-defined]
 
 

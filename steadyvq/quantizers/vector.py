@@ -247,8 +247,9 @@ class VectorQuantizer(Quantizer):
             "num_codes": self.num_codes,
             "dim": self.dim,
             "channel_axis": self.channel_axis,
-            **{"assign": name for name, known in ASSIGNMENTS.items() if known is assign and name != "l2"},
         }
+        if assign is not ASSIGNMENTS["l2"]:
+            baked.spec["assign"] = next((name for name, known in ASSIGNMENTS.items() if known is assign), None)
         return baked.to(self.codes.base.device).train(self.training)
 
     def _update(

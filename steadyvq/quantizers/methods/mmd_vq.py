@@ -91,7 +91,7 @@ def _mean_pair(spread: Tensor, count: Tensor, codes: Tensor) -> Tensor:
 def _features(rows: Tensor, weight: Tensor, waves: Tensor) -> Tensor:
     """(2, F) weighted sums of cos and sin of w . x, in blocks of rows."""
     out = torch.zeros_like(waves[:, :1]).T.repeat(2, 1)
-    for part, r in zip(rows.split(BLOCK), weight.split(BLOCK), strict=True):
+    for part, r in zip(torch.split(rows, BLOCK), torch.split(weight, BLOCK), strict=True):
         phase = part @ waves.T
         out = out + torch.stack([r @ phase.cos(), r @ phase.sin()])
     return out
@@ -100,7 +100,7 @@ def _features(rows: Tensor, weight: Tensor, waves: Tensor) -> Tensor:
 def _gradient(codes: Tensor, waves: Tensor, gap: Tensor) -> Tensor:
     """(K, d) sum over w of [-gap_cos sin(w . e_j) + gap_sin cos(w . e_j)] w, in blocks of codes."""
     parts = []
-    for part in codes.split(BLOCK):
+    for part in torch.split(codes, BLOCK):
         phase = part @ waves.T
         parts.append((gap[1] * phase.cos() - gap[0] * phase.sin()) @ waves)
     return torch.cat(parts)

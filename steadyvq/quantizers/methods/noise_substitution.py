@@ -39,7 +39,9 @@ class NoiseSubstitution:
     def __call__(self, a: Assignment) -> Tensor:
         """The step from z in a random direction."""
         if a.noise is None:
-            raise ValueError("noise substitution was given an assignment without noise: use it inside a VectorQuantizer")
+            raise ValueError(
+                "noise substitution was given an assignment without noise: use it inside a VectorQuantizer"
+            )
         return step(a, a.noise.normal(a.z.shape[1], noise.ESTIMATOR, a.z.dtype))
 
 

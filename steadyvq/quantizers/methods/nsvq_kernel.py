@@ -5,7 +5,7 @@
     w_ij = 1 if j = q_i, else min(1, lambda K p_ij)                                     lambda = 0.01
     L_kernel = 1/(N d) sum_ij w_ij |sg[z_i] - e_j|^2,   L = L_kernel + 0.25 mean (sg[e_q] - z)^2
     tau = max(1e-8, 0.5^epoch)
-    z_q = z + a e_q, of the value e_q,   a = 2 alpha / (N d)                            alpha = 1
+    z_q = z + a e_q, of the value e_q,   a = 2 alpha / (N d), N of all processes          alpha = 1
 
 The factor K makes a uniform p give the weight lambda. As tau falls, p goes to the winner alone, and what is left is VQ: the
 kernel acts in the first epochs.
@@ -73,7 +73,8 @@ class KernelEstimator:
 
     def __call__(self, a: Assignment) -> Tensor:
         """The carrier of the gradient."""
-        return a.z + a.selected * (2 * self.alpha / (a.num_valid.clamp_min(1) * a.z.shape[1]))
+        latents = a.reduce(a.num_valid).clamp_min(1)
+        return a.z + a.selected * (2 * self.alpha / (latents * a.z.shape[1]))
 
 
 LOSSES["kernel"] = KernelRule

@@ -54,7 +54,9 @@ class Wasserstein:
             codes = table - middle
             root = _power(self.contraction**2 * cov, 0.5)
             inner = root @ (codes.T @ codes / len(codes)) @ root
-            value = (mean - middle).square().sum() + self.contraction**2 * cov.trace() + codes.square().sum() / len(codes)
+            value = (
+                (mean - middle).square().sum() + self.contraction**2 * cov.trace() + codes.square().sum() / len(codes)
+            )
             value = (value - 2 * _power(inner, 0.5).trace()) / dim * present
             transport = root @ _power(inner, -0.5) @ root
             grad = (codes - codes @ transport + middle - mean) * (2 / (len(codes) * dim)) * present
@@ -62,10 +64,11 @@ class Wasserstein:
 
     def _latents(self, a: Assignment) -> tuple[Tensor, Tensor, Tensor]:
         """Mean (d) and covariance (d, d) of the latents of all processes, and 1 if there are any, else 0."""
-        z = a.z.detach().double()
-        count = a.reduce(a.num_valid.double())
-        row = torch.ones_like(z[:, :1]) if a.row_weight is None else a.row_weight.to(z)[:, None]
-        mean = a.reduce((z * row).sum(0)) / count.clamp_min(1)
+        # A broken latent has no place in a distribution, and a decomposition does not survive it.
+        row = a.counted.double()[:, None]
+        z = torch.where(a.counted[:, None], a.z.detach().double(), 0.0)
+        count = a.reduce(row.sum())
+        mean = a.reduce(z.sum(0)) / count.clamp_min(1)
         rest = (z - mean) * row
         return mean, a.reduce(rest.T @ rest) / count.clamp_min(1), (count > 0).double()
 
@@ -75,7 +78,8 @@ def _power(matrix: Tensor, exponent: float) -> Tensor:
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     kept = values > 1e-12 * values.abs().amax()
     powered = torch.where(kept, torch.where(kept, values, 1.0) ** exponent, 0.0)
-    return (vectors * powered) @ vectors.T
+    out: Tensor = (vectors * powered) @ vectors.T
+    return out
 
 
 LOSSES["wasserstein"] = Wasserstein
