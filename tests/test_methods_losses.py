@@ -71,6 +71,11 @@ class TestNoise:
         off = torch.corrcoef(flat) - torch.eye(len(flat)).double()
         assert off.abs().max() < 5 / math.sqrt(1000)
 
+    def test_no_two_latents_share_a_position(self):
+        first = noise.positions(torch.tensor(0), 6, 5)
+        assert len(torch.cat([first, noise.positions(torch.tensor(6), 6, 5)]).unique()) == 60
+        assert torch.equal(first[10:15], noise.positions(torch.tensor(2), 1, 7)[:5])
+
     def test_normal_and_gumbel_moments(self):
         rows, columns = torch.arange(500), torch.arange(200)
         x = hashing.normal(self.KEY, rows, columns)

@@ -444,3 +444,36 @@ class TestMatching:
 def test_settings_of_functions_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         steadyvq.build_quantizer("vq", num_codes=K, dim=D, **options)
+
+
+def test_operators_pass_opcheck():
+    z, table = latents(count=12).requires_grad_(), normal(K, D, seed=8).double().requires_grad_()
+    key, rows, tau, row = torch.tensor(5), torch.arange(12), torch.tensor(0.7).double(), torch.ones(12).double()
+    ops, plain = torch.ops.steadyvq, (z.detach(), table.detach())
+    indices = torch.arange(12) % K
+    potential = torch.zeros(K).double()
+    calls = [
+        (ops.one_hot_carrier, (z, table, tau, key, rows, 0.5, True)),
+        (ops.one_hot_carrier_backward, (z.detach(), *plain, tau, key, rows, 0.5, False)),
+        (ops.gumbel_argmax, (*plain, key, rows, 0.5, False)),
+        (ops.softmax_entropies, (*plain, tau, row, True)),
+        (ops.softmax_entropy_gradient, (*plain, tau, row, potential, 1.0, -1.0, False)),
+        (ops.pull, (*plain, indices, tau, row, 0.3, False)),
+        (ops.pull, (*plain, indices, tau, row, 0.3, True)),
+        (ops.kernel_average, (plain[1], plain[1], plain[1], tau, torch.arange(K) > 3, True)),
+        (ops.distance_moments, (*plain, row)),
+        (ops.sinkhorn_columns, (*plain, row, tau, tau, potential, True)),
+        (ops.sinkhorn_argmax, (*plain, tau, potential)),
+        (ops.nearest, (*plain, True)),
+    ]
+    for op, arguments in calls:
+        torch.library.opcheck(op.default, arguments)
+
+
+def test_noise_of_single_precision_draws_alike_in_every_cutting():
+    """Draws of one batch and of its parts, in float32 and many blocks."""
+    z, table = normal(300, 6, seed=1), normal(2000, 6, seed=2)
+    key, rows = torch.tensor(9), torch.arange(300)
+    whole = soft.gumbel_argmax(z, table, soft.Gumbel(key, rows))
+    parts = [soft.gumbel_argmax(z[i : i + 77], table, soft.Gumbel(key, rows[i : i + 77])) for i in range(0, 300, 77)]
+    assert torch.equal(whole, torch.cat(parts))

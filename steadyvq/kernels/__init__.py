@@ -3,7 +3,9 @@
 
 `nearest` is exact: the same latent gets the same code at every batch size, block size, backend, autocast state and
 matmul precision. `soft_statistics` reduces the weights softmax(-D / tau) over rows and columns, and `non_stationary`
-makes the loss of that name, with its gradient in closed form, out of those reductions. Two backends share one
+makes the loss of that name, with its gradient in closed form, out of those reductions. `soft` (one-hot estimators,
+entropies, Gumbel draws), `pulls` (dense pulls on the codebook), `sinkhorn` (balanced assignment) and `hashing` (noise by
+position) hold what single methods need, in blocks as well. Two backends share one
 contract: `reference` (dense float64 definitions, for tests) and `streaming` (blocks, any device).
 
 Shapes: N latents, K codes, d dimensions.
@@ -96,14 +98,14 @@ def use_backend(name: Literal["auto", "streaming", "reference"]) -> Iterator[Non
 
 
 @torch.library.custom_op("steadyvq::nearest", mutates_args=())
-def _nearest(z: Tensor, table: Tensor, dot: bool) -> tuple[Tensor, Tensor]:
+def _nearest(z: Tensor, table: Tensor, dot: bool = False) -> tuple[Tensor, Tensor]:
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
         indices, score = _BACKENDS[_backend].nearest(z, table, dot=dot)
     return indices, score.to(streaming.working_dtype(z, table))
 
 
 @_nearest.register_fake
-def _(z: Tensor, table: Tensor, dot: bool) -> tuple[Tensor, Tensor]:
+def _(z: Tensor, table: Tensor, dot: bool = False) -> tuple[Tensor, Tensor]:
     dtype = streaming.working_dtype(z, table)
     return z.new_empty(z.shape[0], dtype=torch.int64), z.new_empty(z.shape[0], dtype=dtype)
 

@@ -102,7 +102,8 @@ class Quantized:
     """What a quantizer's forward returns; unpacks as `z_q, indices, loss`.
 
     Attributes:
-        z_q: Quantized latents, shape and dtype of the latents. Its value is exactly the selected code.
+        z_q: Quantized latents, shape and dtype of the latents. Its value is exactly the selected code, in training unless
+            `Quantizer.exact_in_training` is False.
         indices: Selected codes, int64, shape of the latents without the feature axis; -1 where masked.
         loss: Weighted sum of the losses (0-d).
         losses: The unweighted losses by name (0-d each); a loss of weight 0 is not evaluated and is not here.
@@ -204,7 +205,8 @@ class Quantizer(nn.Module, ABC):
     def decode(self, indices: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """The codes of `indices` (any shape, integers), with the feature axis at `channel_axis`; -1 gives zeros.
 
-        `decode(out.indices, dtype=latents.dtype)` is `torch.equal` to `out.z_q`, in training and in evaluation.
+        `decode(out.indices, dtype=latents.dtype)` is `torch.equal` to `out.z_q` in evaluation, and in training too unless
+        `exact_in_training` is False.
         """
 
     @abstractmethod
@@ -223,7 +225,11 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def first_item(self) -> int:
-        """Where the next forward's first sample stands among the samples of all micro-batches and processes."""
+        """Where the next forward's first sample stands among the samples of all micro-batches and processes.
+
+        Set it before each forward of a cut batch, and noise is that of the whole one. A wrapper that broadcasts buffers
+        would give all processes the value of the first.
+        """
         return int(self._first_item)
 
     @first_item.setter

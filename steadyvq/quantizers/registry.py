@@ -76,6 +76,8 @@ def load_methods() -> None:
     package = importlib.import_module("steadyvq.quantizers.methods")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
+    # Importing the folder has put it into the place of the public function of the same name.
+    vars(sys.modules["steadyvq.quantizers"])["methods"] = methods
 
 
 def methods() -> dict[str, Method]:
