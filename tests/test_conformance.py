@@ -11,9 +11,20 @@ import torch
 from cases import LAYOUTS, NAMES, build, layout_shape, normal, same, seen, state
 
 import steadyvq
+from steadyvq.quantizers.assign import evaluated
 
 EXEMPT: dict[tuple[str, str], str] = {
     ("ema", "test_direct_gradient_goes_to_the_code"): "no gradient reaches a codebook of averages",
+    ("soft_em", "test_direct_gradient_goes_to_the_code"): "no gradient reaches a codebook of averages",
+    ("ibq", "test_index_is_the_nearest_row_of_the_codebook"): "takes the largest inner product, by definition",
+    ("optvq", "test_accumulated_micro_batches_equal_the_large_batch"): "the batch is assigned as a whole",
+    ("rotation", "test_straight_through_gradient"): "its gradient is rotated",
+    ("nsvq_kernel", "test_straight_through_gradient"): "the code has a part of the gradient of z_q in its carrier",
+    ("ibq", "test_straight_through_gradient"): "its gradient goes through a softmax over all codes",
+    ("gumbel", "test_straight_through_gradient"): "its gradient goes through a softmax over all codes",
+    ("regvq", "test_straight_through_gradient"): "its gradient goes through a softmax over all codes",
+    ("diveq", "test_straight_through_gradient"): "its gradient goes through the length of the error",
+    ("noise_substitution", "test_straight_through_gradient"): "its gradient goes through the length of the error",
 }
 """(method, check) -> reason."""
 
@@ -44,7 +55,9 @@ class TestContract:
         grid.pop(axis)
         assert list(indices.shape) == grid
         assert loss.shape == ()
-        assert torch.equal(z_q, vq.decode(indices, dtype=dtype))
+        # Where training substitutes the code by definition, it must show.
+        exact = vq.exact_in_training or not training
+        assert torch.equal(z_q, vq.decode(indices, dtype=dtype)) == exact
         assert torch.equal(indices, vq.encode(latents))
 
     def test_layouts_agree(self, name):
@@ -59,6 +72,8 @@ class TestContract:
 
     def test_index_is_the_nearest_row_of_the_codebook(self, name):
         vq = build(name)
+        if evaluated(vq.assign) is not vq.assign:
+            vq.eval()
         z = normal(300, vq.dim)
         expected = (z[:, None].double() - vq.codebook()[None].double()).square().sum(-1).argmin(1)
         assert torch.equal(vq(z).indices, expected)
@@ -74,7 +89,7 @@ class TestContract:
         assert torch.equal(plain.indices, cast.indices)
         assert torch.equal(plain.loss, cast.loss)
         assert torch.equal(plain.z_q, cast.z_q)
-        assert torch.equal(decoded, cast.z_q)
+        assert torch.equal(decoded, cast.z_q) == vq.exact_in_training
 
     @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
     def test_masked_garbage_changes_nothing(self, name, garbage):
@@ -156,6 +171,8 @@ class TestContract:
     def test_bake_keeps_every_token_and_vector(self, name):
         vq = build(name, channel_axis=1)
         latents = normal(2, vq.dim, 9, 9)
+        if evaluated(vq.assign) is not vq.assign or not vq.exact_in_training:
+            vq.eval()
         baked = vq.bake()
         assert torch.equal(vq(latents).z_q, baked(latents).z_q)
         assert torch.equal(vq(latents).indices, baked(latents).indices)
@@ -165,12 +182,16 @@ class TestContract:
         # The limit of recompilations counts all methods that share a forward.
         torch.compiler.reset()
         vq = build(name)
+        torch._dynamo.reset()  # all methods share one forward, and a limit of eight compilations
         compiled = torch.compile(vq, fullgraph=True, backend="aot_eager")
         z = normal(50, vq.dim).requires_grad_()
         a, b = vq(z), compiled(z)
         assert torch.equal(a.indices, b.indices)
         torch.testing.assert_close(a.loss, b.loss)
-        torch.testing.assert_close(torch.autograd.grad(b.loss, z), torch.autograd.grad(a.loss, z))
+        torch.testing.assert_close(a.z_q, b.z_q)
+        upstream = normal(50, vq.dim, seed=2)
+        grads = [torch.autograd.grad(out.loss + (out.z_q * upstream).sum(), z) for out in (a, b)]
+        torch.testing.assert_close(*grads)
 
     def test_straight_through_gradient(self, name):
         vq = build(name, losses=dict.fromkeys(build(name).losses), estimator="straight_through")
@@ -224,6 +245,7 @@ class TestContract:
         assert len(reminders) == (1 if vq.needs_update else 0)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", message=".*couples all latents")
             vq = build(name)
             for _ in range(3):
                 vq.update([vq(normal(4, vq.dim)) for _ in range(9)])
@@ -249,5 +271,9 @@ class TestContract:
         for step in range(30):
             z = normal(64, vq.dim, seed=step).double()
             large.update(large(z))
-            small.update([small(part) for part in z.split(16)])
+            outs = []
+            for first in range(0, 64, 16):
+                small.first_item = first
+                outs.append(small(z[first : first + 16]))
+            small.update(outs)
         torch.testing.assert_close(state(large), state(small))

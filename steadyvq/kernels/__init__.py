@@ -3,7 +3,9 @@
 
 `nearest` is exact: the same latent gets the same code at every batch size, block size, backend, autocast state and
 matmul precision. `soft_statistics` reduces the weights softmax(-D / tau) over rows and columns, and `non_stationary`
-makes the loss of that name, with its gradient in closed form, out of those reductions. Two backends share one
+makes the loss of that name, with its gradient in closed form, out of those reductions. `soft` (one-hot estimators,
+entropies, Gumbel draws), `pulls` (dense pulls on the codebook), `sinkhorn` (balanced assignment) and `hashing` (noise by
+position) hold what single methods need, in blocks as well. Two backends share one
 contract: `reference` (dense float64 definitions, for tests) and `streaming` (blocks, any device).
 
 Shapes: N latents, K codes, d dimensions.
@@ -96,14 +98,14 @@ def use_backend(name: Literal["auto", "streaming", "reference"]) -> Iterator[Non
 
 
 @torch.library.custom_op("steadyvq::nearest", mutates_args=())
-def _nearest(z: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest(z: Tensor, table: Tensor, dot: bool = False) -> tuple[Tensor, Tensor]:
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-        indices, score = _BACKENDS[_backend].nearest(z, table)
+        indices, score = _BACKENDS[_backend].nearest(z, table, dot=dot)
     return indices, score.to(streaming.working_dtype(z, table))
 
 
 @_nearest.register_fake
-def _(z: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+def _(z: Tensor, table: Tensor, dot: bool = False) -> tuple[Tensor, Tensor]:
     dtype = streaming.working_dtype(z, table)
     return z.new_empty(z.shape[0], dtype=torch.int64), z.new_empty(z.shape[0], dtype=dtype)
 
@@ -179,7 +181,7 @@ def _send_gradient(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor, Tensor, 
 _attach_gradient.register_autograd(_send_gradient, setup_context=_keep_gradient)
 
 
-def nearest(z: Tensor, table: Tensor, *, metric: Literal["l2"] = "l2") -> tuple[Tensor, Tensor]:
+def nearest(z: Tensor, table: Tensor, *, metric: Literal["l2", "dot"] = "l2") -> tuple[Tensor, Tensor]:
     """Exact nearest code of every latent.
 
     Equation: argmin_j sum_k (double(z_ik) - double(e_jk))^2 in float64, the lowest index on equality. bfloat16,
@@ -189,19 +191,19 @@ def nearest(z: Tensor, table: Tensor, *, metric: Literal["l2"] = "l2") -> tuple[
     Args:
         z: (N, d) latents.
         table: (K, d) codes, K >= 1.
-        metric: "l2"; normalise both inputs for the cosine.
+        metric: "l2", or "dot" for the largest inner product, summed in float64; normalise both inputs for the cosine.
 
     Returns:
         indices: (N,) int64.
-        score: (N,) squared distance, float32 (float64 if an input is float64), no gradient.
+        score: (N,) squared distance (minus the inner product for "dot"), float32 (float64 if an input is float64), no gradient.
 
     Raises:
         ValueError: shapes do not fit, or the metric is unknown.
     """
-    if metric != "l2":
-        raise ValueError(f"unknown metric {metric!r}: the only one is 'l2' (for the cosine, normalise both inputs)")
+    if metric not in ("l2", "dot"):
+        raise ValueError(f"unknown metric {metric!r}: choose 'l2' or 'dot' (for the cosine, normalise both inputs)")
     _check_shapes(z, table)
-    indices, score = _nearest(z.detach(), table.detach())
+    indices, score = _nearest(z.detach(), table.detach(), metric == "dot")
     return indices, score
 
 

@@ -23,7 +23,15 @@ def squared_distance(z: Tensor, e: Tensor) -> Tensor:
     Returns:
         (...) float64.
     """
-    terms = (z.double() - e.double()).square_()
+    return _folded((z.double() - e.double()).square_())
+
+
+def negative_product(z: Tensor, e: Tensor) -> Tensor:
+    """Minus the inner product over the last dimension in float64, added up in the order of `squared_distance`."""
+    return -_folded(z.double() * e.double())
+
+
+def _folded(terms: Tensor) -> Tensor:
     left = terms.shape[-1]
     while left > 1:
         half = (left + 1) // 2
@@ -32,20 +40,21 @@ def squared_distance(z: Tensor, e: Tensor) -> Tensor:
     return terms[..., 0]
 
 
-def nearest(z: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Argmin over codes of `squared_distance`, the lowest index on equality.
+def nearest(z: Tensor, table: Tensor, *, dot: bool = False) -> tuple[Tensor, Tensor]:
+    """Argmin over codes of `squared_distance` (with `dot` of `negative_product`), the lowest index on equality.
 
     A latent with a non-finite entry gets index 0 and score nan. A code with a non-finite entry is at distance inf.
 
     Args:
         z: (N, d) latents.
         table: (K, d) codes.
+        dot: compare inner products.
 
     Returns:
         indices: (N,) int64.
         score: (N,) float64 squared distance to the chosen code.
     """
-    distance = squared_distance(z.unsqueeze(1), table.unsqueeze(0))
+    distance = (negative_product if dot else squared_distance)(z.unsqueeze(1), table.unsqueeze(0))
     distance = distance.masked_fill(~table.isfinite().all(1), torch.inf)
     valid = z.isfinite().all(1)
     distance = distance.masked_fill(~valid.unsqueeze(1), torch.inf)

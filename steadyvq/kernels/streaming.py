@@ -25,17 +25,21 @@ s^_j* <= min_j s^_j + 2 (B' + B''). All codes within that slack of the running m
 one, are re-scored in float64, so the winner is always among them. The slack also carries the rounding of
 `minimum + slack` itself (2 u (|s^| + slack)) and a factor 1.01 for the arithmetic of the bound.
 
+For inner products c = 0 and n = 0, and the float64 score is -z . e: its error, doubled as S is, is at most
+2 (d + 1) 2^-53 |z| |e|, which item 4 covers because 4 |z| |e| <= (|z| + |e|)^2; item 3 falls away.
+
 float64 inputs whose squares leave the range of float64 (entries above 1e150 or, all of them, below 1e-150) are outside
 the contract.
 """
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from steadyvq.kernels.reference import squared_distance
+from steadyvq.kernels.reference import negative_product, squared_distance
 
 # Tile widths are multiples of the first of these numbers. A tile of C columns is first reduced to bundles of g: columns
 # s, s + C/g, s + 2C/g, ... share one entry.
@@ -58,13 +62,14 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def nearest(
-    z: Tensor, table: Tensor, *, block_rows: int | None = None, block_codes: int | None = None
+    z: Tensor, table: Tensor, *, dot: bool = False, block_rows: int | None = None, block_codes: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Exact nearest code of every latent; same contract as `reference.nearest`.
 
     Args:
         z: (N, d) latents.
         table: (K, d) codes.
+        dot: largest inner product in place of smallest distance.
         block_rows: latents per tile, chosen from the size if None.
         block_codes: codes per tile, chosen from the size if None.
 
@@ -82,7 +87,7 @@ def nearest(
     if codes.shape[0] == 0:
         indices, score = ids.new_zeros(z.shape[0]), z.new_full((z.shape[0],), torch.inf, dtype=torch.float64)
     else:
-        indices, score = _search(latents, codes, ids, block_rows, block_codes)
+        indices, score = _search(latents, codes, ids, block_rows, block_codes, dot)
     return indices.masked_fill(~valid, 0), score.masked_fill(~valid, torch.nan)
 
 
@@ -93,26 +98,29 @@ def _finite_rows(tensor: Tensor) -> Tensor:
     return tensor.isfinite().all(1)
 
 
-def _search(z: Tensor, codes: Tensor, ids: Tensor, rows: int | None, columns: int | None) -> tuple[Tensor, Tensor]:
+def _search(
+    z: Tensor, codes: Tensor, ids: Tensor, rows: int | None, columns: int | None, dot: bool
+) -> tuple[Tensor, Tensor]:
     """Search; start again without duplicate codes if far too many candidates turn up, as equal codes always tie."""
-    found = _tiled_search(z, codes, ids, rows, columns, patience=16 * z.shape[0] + 4096)
+    found = _tiled_search(z, codes, ids, rows, columns, dot, patience=16 * z.shape[0] + 4096)
     if found is None:
         distinct: Tensor
         distinct, inverse = torch.unique(codes, dim=0, return_inverse=True)
         first = ids.amax().repeat(distinct.shape[0]).scatter_reduce_(0, inverse, ids, "amin")
-        found = _tiled_search(z, distinct, first, rows, columns, patience=None)
+        found = _tiled_search(z, distinct, first, rows, columns, dot, patience=None)
         assert found is not None
     return found
 
 
 def _tiled_search(
-    z: Tensor, codes: Tensor, ids: Tensor, rows: int | None, columns: int | None, patience: int | None
+    z: Tensor, codes: Tensor, ids: Tensor, rows: int | None, columns: int | None, dot: bool, patience: int | None
 ) -> tuple[Tensor, Tensor] | None:
     """(indices, float64 score) over tiles; None as soon as more than `patience` candidates were re-scored."""
     rows, columns = _tile_shape(z, codes.shape[0], rows, columns)
     # Short bundles do not pay: a reduction over a middle axis is fast only if enough entries lie side by side.
     group = next((g for g in _GROUPS if columns % g == 0 and columns // g >= 32), 1)
-    latents, table, norms, slack = _prepare(z, codes, group)
+    latents, table, norms, slack = _prepare(z, codes, group, dot)
+    exact = negative_product if dot else squared_distance
     best = z.new_full((z.shape[0],), torch.inf, dtype=torch.float64)
     indices = ids.new_full((z.shape[0],), int(ids.max()))
     scratch = latents.new_empty(rows * columns)
@@ -129,7 +137,7 @@ def _tiled_search(
             seen += row.shape[0]
             if patience is not None and seen > patience:
                 return None
-            _rescore(z[block], codes, ids, row, column + left, best[block], indices[block])
+            _rescore(exact, z[block], codes, ids, row, column + left, best[block], indices[block])
     return indices, best
 
 
@@ -142,7 +150,7 @@ def _tile_shape(z: Tensor, num_codes: int, rows: int | None, columns: int | None
     return rows, columns
 
 
-def _prepare(z: Tensor, codes: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _prepare(z: Tensor, codes: Tensor, group: int, dot: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scaled, centred latents (N, d), codes (K', d) and squared norms (K'), and the slack (N,) of the search.
 
     K' is K rounded up to a multiple of `group` by codes at distance infinity.
@@ -152,11 +160,14 @@ def _prepare(z: Tensor, codes: Tensor, group: int) -> tuple[Tensor, Tensor, Tens
     table = _scaled(codes, exponent, -codes.shape[0] % group, dtype)
     latents = _scaled(z, exponent, 0, dtype)
     inside = table[: codes.shape[0]]
-    centre = inside.mean(0)
-    inside.sub_(centre)
-    latents.sub_(centre)
+    if not dot:
+        centre = inside.mean(0)
+        inside.sub_(centre)
+        latents.sub_(centre)
     norms = torch.linalg.vector_norm(table, dim=1).square_()
     slack = _slack(latents, norms)
+    if dot:
+        norms.zero_()
     norms[codes.shape[0] :] = torch.inf
     return latents, table, norms, slack
 
@@ -244,11 +255,20 @@ def _candidates(scores: Tensor, lowest: Tensor, slack: Tensor, group: int) -> tu
     return row[pick], member * shape[2] + bundle[pick]
 
 
-def _rescore(z: Tensor, codes: Tensor, ids: Tensor, row: Tensor, column: Tensor, best: Tensor, indices: Tensor) -> None:
+def _rescore(
+    exact: Callable[[Tensor, Tensor], Tensor],
+    z: Tensor,
+    codes: Tensor,
+    ids: Tensor,
+    row: Tensor,
+    column: Tensor,
+    best: Tensor,
+    indices: Tensor,
+) -> None:
     """Fold candidate pairs into the running (score, lowest index) of every row, in place, in chunks."""
     size = max(1, _CHUNK // z.shape[1])
     for r, c in zip(torch.split(row, size), torch.split(column, size), strict=True):
-        score = squared_distance(z[r], codes[c])
+        score = exact(z[r], codes[c])
         improved = best.scatter_reduce(0, r, score, "amin")
         indices.masked_fill_(improved < best, torch.iinfo(torch.int64).max)
         best.copy_(improved)

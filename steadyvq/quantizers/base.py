@@ -24,6 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from steadyvq.quantizers.noise import Noise
+
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all processes of a run; the identity in one process. Quantizers know no engine."""
 
@@ -60,6 +62,7 @@ class Assignment:
         num_valid: Number of latents of this forward that are not masked, the denominator of its means (0-d).
         temperature: tau of soft assignments, in units of the squared distance (0-d).
         row_weight: 1 for a valid latent, 0 for a masked one (N,); None if nothing is masked.
+        noise: Random numbers by the position of a latent; None where a record was made without.
         reduce: Sums a tensor over the processes of a run.
         stats: Detached numbers about this assignment, by name, filled by the losses that know them.
     """
@@ -72,6 +75,7 @@ class Assignment:
     num_valid: Tensor
     temperature: Tensor
     row_weight: Tensor | None = None
+    noise: Noise | None = None
     reduce: Reduce = alone
     stats: dict[str, Tensor] = field(default_factory=dict)
 
@@ -101,7 +105,8 @@ class Quantized:
     """What a quantizer's forward returns; unpacks as `z_q, indices, loss`.
 
     Attributes:
-        z_q: Quantized latents, shape and dtype of the latents. Its value is exactly the selected code.
+        z_q: Quantized latents, shape and dtype of the latents. Its value is exactly the selected code, in training unless
+            `Quantizer.exact_in_training` is False.
         indices: Selected codes, int64, shape of the latents without the feature axis; -1 where masked.
         loss: Weighted sum of the losses (0-d).
         losses: The unweighted losses by name (0-d each); a loss of weight 0 is not evaluated and is not here.
@@ -139,6 +144,7 @@ def _register_pytree(cls: type) -> None:
     )
 
 
+_register_pytree(Noise)
 _register_pytree(Assignment)
 _register_pytree(Quantized)
 
@@ -159,12 +165,14 @@ class Quantizer(nn.Module, ABC):
         gather: Concatenates rows over the processes of a run.
         needs_update: Whether `update` must be called after every optimiser step.
         places_codes: Whether `init_from` can place the codes on data; a fixed grid has none to place.
+        first_item: Position of the next forward's first sample in the global batch, which says where its noise begins.
     """
 
     spec: dict[str, Any] | None = None
     spec_changes: Mapping[str, Any] = MappingProxyType({})
     needs_update: bool = False
     places_codes: bool = True
+    _first_item: Tensor
 
     def __init__(self, num_codes: int, dim: int, *, channel_axis: int = -1) -> None:
         super().__init__()
@@ -177,6 +185,8 @@ class Quantizer(nn.Module, ABC):
         self.reduce: Reduce = alone
         self.gather: Gather = alone
         self._forwards_without_update: int | None = 0
+        # A tensor, so that a compiled forward need not be compiled anew for every position.
+        self.register_buffer("_first_item", torch.zeros((), dtype=torch.int64), persistent=False)
         self._warned_of_partial_statistics = False
 
     @abstractmethod
@@ -200,7 +210,8 @@ class Quantizer(nn.Module, ABC):
     def decode(self, indices: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """The codes of `indices` (any shape, integers), with the feature axis at `channel_axis`; -1 gives zeros.
 
-        `decode(out.indices, dtype=latents.dtype)` is `torch.equal` to `out.z_q`, in training and in evaluation.
+        `decode(out.indices, dtype=latents.dtype)` is `torch.equal` to `out.z_q` in evaluation, and in training too unless
+        `exact_in_training` is False.
         """
 
     @abstractmethod
@@ -216,6 +227,24 @@ class Quantizer(nn.Module, ABC):
         Call it before training: it knows no optimiser whose moments it could reset. After `across_processes` it places
         the codes on the latents of all processes.
         """
+
+    @property
+    def first_item(self) -> int:
+        """Where the next forward's first sample stands among the samples of all micro-batches and processes.
+
+        Set it before each forward of a cut batch, and noise is that of the whole one. A wrapper that broadcasts buffers
+        would give all processes the value of the first.
+        """
+        return int(self._first_item)
+
+    @first_item.setter
+    def first_item(self, position: int) -> None:
+        self._first_item.fill_(position)
+
+    @property
+    def exact_in_training(self) -> bool:
+        """Whether z_q is the selected code to the last bit in training too, as it always is in evaluation."""
+        return True
 
     @property
     def batch_coupled(self) -> tuple[str, ...]:
@@ -274,7 +303,7 @@ class Quantizer(nn.Module, ABC):
         if micro_batches > 1 and self.batch_coupled:
             self._warned_of_partial_statistics = True
             warnings.warn(
-                f"the loss {self.batch_coupled[0]!r} couples all latents of a batch, so {micro_batches} accumulated "
+                f"{self.batch_coupled[0]!r} couples all latents of a batch, so {micro_batches} accumulated "
                 "micro-batches are not the same as one large batch",
                 UserWarning,
                 stacklevel=4,

@@ -33,7 +33,16 @@ def normal(num_codes: int, dim: int, generator: torch.Generator) -> Tensor:
     return torch.empty(num_codes, dim).normal_(0, dim**-0.5, generator=generator)
 
 
-INITS: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {"uniform": uniform, "normal": normal}
+def unit_normal(num_codes: int, dim: int, generator: torch.Generator) -> Tensor:
+    """N(0, 1) per element, the start of torch.nn.Embedding: codes of norm about sqrt(d)."""
+    return torch.randn(num_codes, dim, generator=generator)
+
+
+INITS: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
+    "uniform": uniform,
+    "normal": normal,
+    "unit_normal": unit_normal,
+}
 
 
 class Codebook(nn.Module, ABC):

@@ -8,6 +8,7 @@ is SimVQ with the non-stationary loss. A preset is such a description; overrides
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -17,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steadyvq.quantizers.assign import ASSIGNMENTS
 from steadyvq.quantizers.base import unit
 from steadyvq.quantizers.codebooks import CODEBOOKS, INITS, Codebook
+from steadyvq.quantizers.estimators import ESTIMATORS
 from steadyvq.quantizers.losses import LOSSES, Loss
 from steadyvq.quantizers.maintenance import MAINTENANCE, Maintenance
 from steadyvq.quantizers.names import look_up
+from steadyvq.quantizers.registry import load_methods
 from steadyvq.quantizers.vector import VectorQuantizer
 
 Description = Mapping[str, Any]
@@ -50,11 +54,14 @@ def compose(num_codes: int, dim: int, preset: Description, overrides: Descriptio
         overrides: Replaces keys of the preset. In `losses` and `maintenance` each entry is merged by itself: a number
             is a weight (losses), a mapping sets fields, None leaves the part out. `temperature` is a number or
             `{"effective_losers": n}`, which calibrates it. A built part (Codebook, Loss, Maintenance) stands for
-            itself; a codebook may also be `{name: settings}` or a function `(rows, generator) -> Codebook`.
+            itself; a codebook may also be `{name: settings}` or a function `(rows, generator) -> Codebook`. `assign` and
+            `estimator` are names, or `{name: {field: value}}` where they have settings.
 
     Raises:
         ValueError: Unknown names, wrong values, or parts that cannot work together.
     """
+    # Parts that one method alone has are registered by its file.
+    load_methods()
     given = {**DEFAULTS, **preset}
     for key, value in (overrides or {}).items():
         look_up("option", key, DEFAULTS)
@@ -82,8 +89,8 @@ def compose(num_codes: int, dim: int, preset: Description, overrides: Descriptio
         codes,
         losses=losses,
         maintenance=maintenance,
-        assign=given["assign"],
-        estimator=given["estimator"],
+        assign=_function("assignment", given["assign"], ASSIGNMENTS),
+        estimator=_function("estimator", given["estimator"], ESTIMATORS),
         temperature=temperature,
         channel_axis=given["channel_axis"],
         seed=given["seed"],
@@ -102,9 +109,12 @@ def _check_options(given: Description) -> None:
     for name in ("channel_axis", "seed"):
         if not isinstance(given[name], int) or isinstance(given[name], bool):
             raise ValueError(f"{name} is {given[name]!r}, but it needs an integer")
-    for name in ("init", "assign", "estimator"):
-        if not isinstance(given[name], str):
-            raise ValueError(f"{name} is {given[name]!r}, but it needs a name")
+    if not isinstance(given["init"], str):
+        raise ValueError(f"init is {given['init']!r}, but it needs a name")
+    for name in ("assign", "estimator"):
+        value = given[name]
+        if not (isinstance(value, str) or callable(value) or (isinstance(value, Mapping) and len(value) == 1)):
+            raise ValueError(f"{name} is {value!r}, but it needs a name, or {{name: settings}} with one name")
     codes = given["codebook"]
     if not isinstance(codes, str) and not callable(codes) and not (isinstance(codes, Mapping) and len(codes) == 1):
         raise ValueError(f"codebook is {codes!r}, but it needs a name, {{name: settings}} or a Codebook")
@@ -140,6 +150,19 @@ def _codebook(value: Any, rows: Tensor, generator: torch.Generator) -> Codebook:
     make = name if callable(name) else look_up("codebook", name, CODEBOOKS)
     codes: Codebook = _call(f"codebook {name!r}", partial(make, rows, generator), dict(options))
     return codes
+
+
+def _function(kind: str, value: Any, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """An assignment or estimator from its name, from `{name: settings}`, or itself."""
+    if not isinstance(value, Mapping):
+        found: Callable[..., Any] = look_up(kind, value, known) if isinstance(value, str) else value
+        return found
+    ((name, options),) = value.items()
+    part = look_up(kind, name, known)
+    if not isinstance(options, Mapping) or (options and not dataclasses.is_dataclass(part)):
+        raise ValueError(f"{kind} {name!r} was given {options!r}, but it has no such settings: give its name alone")
+    made: Callable[..., Any] = _call(f"{kind} {name!r}", type(part), dict(options)) if options else part
+    return made
 
 
 def _loss(name: str, value: Any) -> Loss:

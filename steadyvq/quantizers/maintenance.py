@@ -4,6 +4,7 @@
     EMA                   the codebook is a moving average of its latents       (VQ-VAE-2; VQGAN-EMA)
     ReplaceDead           dead codes become jittered copies of active ones      (NSVQ, arXiv 2606.11363, stage 1)
     CalibrateTemperature  tau follows the scale of the latents                  (ours)
+    Anneal                tau falls with the number of updates                  (NS-VQ, Gumbel-VQ, neural gas)
 
 All of it is a function of the step's global batch: counts are summed over processes, noise comes from (seed, number of
 updates), never from the global generator.
@@ -11,6 +12,7 @@ updates), never from the global generator.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from steadyvq.quantizers.base import SHORTEST, Assignment, Reduce, unit
+from steadyvq.quantizers.base import SHORTEST, Assignment, Gather, Reduce, unit
 from steadyvq.quantizers.codebooks import Codebook, FrozenCodebook
+from steadyvq.quantizers.noise import Noise
 
 TEMPERATURE_MIN, TEMPERATURE_MAX = 1e-12, 1e12
 
@@ -37,6 +40,8 @@ class UpdateBatch:
         distortion: Summed squared distance of the latents of each code (K,).
         tokens: Number of valid latents (0-d).
         reduce: Sums over processes.
+        gather: Concatenates rows over processes.
+        noise: Random numbers for the K codes, the same in every process.
         generator: Noise for this update, the same in every process.
         rewrite: `rewrite(dst, src, noise)` makes the codes `dst` copies of `src` and tells everyone who remembers rows:
             optimiser, moving average, all maintenance.
@@ -50,6 +55,8 @@ class UpdateBatch:
     distortion: Tensor
     tokens: Tensor
     reduce: Reduce
+    gather: Gather
+    noise: Noise
     generator: torch.Generator
     rewrite: Callable[[Tensor, Tensor, Tensor], None]
     unit_sphere: bool = False
@@ -281,8 +288,73 @@ class CalibrateTemperature(Maintenance):
         return {}
 
 
+class Anneal(Maintenance):
+    """tau falls with the number of updates from the value the quantizer was built with.
+
+        exponential  tau = max(floor, start rate^(t / period))
+        linear       tau = start + (floor - start) min(1, t / period)
+        cosine       tau = floor + (start - floor) (1 + cos(pi min(1, t / period))) / 2
+
+    Papers count epochs; a quantizer knows none, so `period` is a number of updates.
+
+    Args:
+        num_codes: K.
+        dim: d.
+        shape: `exponential`, `linear` or `cosine`.
+        period: Updates in which tau falls by `rate`, or all the way.
+        rate: Of the exponential.
+        floor: Smallest tau.
+        hold: Updates before it begins to fall.
+        stairs: Counts whole periods only (`exponential`), as a schedule by epochs does.
+    """
+
+    start: Tensor
+    updates: Tensor
+
+    def __init__(
+        self,
+        num_codes: int,
+        dim: int,
+        *,
+        shape: Literal["exponential", "linear", "cosine"] = "exponential",
+        period: int = 1000,
+        rate: float = 0.5,
+        floor: float = 1e-8,
+        hold: int = 0,
+        stairs: bool = False,
+    ) -> None:
+        super().__init__()
+        if shape not in ("exponential", "linear", "cosine"):
+            raise ValueError(f"shape is {shape!r}, but tau is annealed 'exponential', 'linear' or 'cosine'")
+        if period < 1 or not 0 < rate <= 1 or floor <= 0 or hold < 0:
+            raise ValueError(
+                f"period={period}, rate={rate}, floor={floor}, hold={hold}, but annealing needs period >= 1, "
+                "0 < rate <= 1, floor > 0 and hold >= 0"
+            )
+        self.shape, self.period, self.rate, self.floor = shape, period, rate, floor
+        self.hold, self.stairs = hold, stairs
+        self.register_buffer("start", torch.zeros(()))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, batch: UpdateBatch) -> dict[str, float]:
+        """Sets tau for the next step."""
+        if int(self.updates) == 0:
+            self.start.copy_(batch.temperature)
+        self.updates += 1
+        batch.temperature.fill_(self._at(float(self.start), max(0, int(self.updates) - self.hold) / self.period))
+        return {}
+
+    def _at(self, start: float, periods: float) -> float:
+        if self.shape == "exponential":
+            return max(self.floor, start * self.rate ** (math.floor(periods) if self.stairs else periods))
+        done = min(1.0, periods)
+        share = done if self.shape == "linear" else (1 - math.cos(math.pi * done)) / 2
+        return start + (self.floor - start) * share
+
+
 MAINTENANCE: dict[str, Callable[..., Maintenance]] = {
     "ema": EMA,
     "replace": ReplaceDead,
     "temperature": CalibrateTemperature,
+    "anneal": Anneal,
 }

@@ -75,7 +75,7 @@ def register(
 
 
 @cache
-def _load_methods() -> None:
+def load_methods() -> None:
     """Imports every file of `methods/`, so that adding a method is adding a file."""
     for module in pkgutil.iter_modules(_PACKAGE.__path__):
         importlib.import_module(f"{_PACKAGE.__name__}.{module.name}")
@@ -87,7 +87,7 @@ def methods() -> dict[str, Method]:
 
 
 def _registered() -> dict[str, Method]:
-    _load_methods()
+    load_methods()
     return dict(sorted(_METHODS.items()))
 
 

@@ -12,13 +12,13 @@ Published methods are combinations along five seams, so a method is a choice of 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from steadyvq.quantizers.assign import ASSIGNMENTS
+from steadyvq.quantizers.assign import ASSIGNMENTS, Setting, evaluated
 from steadyvq.quantizers.base import (
     Assignment,
     Quantized,
@@ -36,6 +36,7 @@ from steadyvq.quantizers.initialise import place
 from steadyvq.quantizers.losses import Loss
 from steadyvq.quantizers.maintenance import Maintenance, UpdateBatch
 from steadyvq.quantizers.names import look_up
+from steadyvq.quantizers.noise import Noise, positions
 
 
 class VectorQuantizer(Quantizer):
@@ -45,8 +46,8 @@ class VectorQuantizer(Quantizer):
         codes: The codebook.
         losses: Losses by name.
         maintenance: Bookkeeping by name, done in this order by `update`.
-        assign: Name of the assignment.
-        estimator: Name of the gradient estimator.
+        assign: The assignment or its name.
+        estimator: The gradient estimator or its name.
         temperature: tau of soft assignments, in units of the squared distance.
         channel_axis: The axis of the latents that holds the features.
         seed: Of all noise in `update` and `init_from`.
@@ -63,8 +64,8 @@ class VectorQuantizer(Quantizer):
         *,
         losses: Mapping[str, Loss] | None = None,
         maintenance: Mapping[str, Maintenance] | None = None,
-        assign: str = "l2",
-        estimator: str = "straight_through",
+        assign: str | Callable[..., Any] = "l2",
+        estimator: str | Callable[..., Any] = "straight_through",
         temperature: float = 0.35,
         channel_axis: int = -1,
         seed: int = 0,
@@ -84,13 +85,15 @@ class VectorQuantizer(Quantizer):
         # A loss may be a module with parameters of its own; then they are trained and saved with the layer.
         self.loss_modules = nn.ModuleDict({n: loss for n, loss in self.losses.items() if isinstance(loss, nn.Module)})
         self.maintenance = nn.ModuleDict(maintenance or {})
-        self.assign = look_up("assignment", assign, ASSIGNMENTS)
-        self.estimator = look_up("estimator", estimator, ESTIMATORS)
+        self.assign = look_up("assignment", assign, ASSIGNMENTS) if isinstance(assign, str) else assign
+        self._built_estimator = look_up("estimator", estimator, ESTIMATORS) if isinstance(estimator, str) else estimator
+        self.estimator = self._built_estimator
         self.seed = seed
         self.register_buffer("temperature", torch.tensor(float(temperature)))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.needs_update = bool(self.maintenance)
-        self._built_estimator = estimator
+        # Noise and schedules advance with the number of updates.
+        parts = (*self.losses.values(), self.assign, self.estimator)
+        self.needs_update = bool(self.maintenance) or any(getattr(part, "needs_update", False) for part in parts)
         self._weights: dict[str, float] = {}
         self._paused: frozenset[str] = frozenset()
         self._optimizer_checked = False
@@ -124,13 +127,19 @@ class VectorQuantizer(Quantizer):
                 look_up("loss of this quantizer", name, self.losses)
         self._weights = dict(weights or {})
         self._paused = frozenset(self.maintenance if frozen else paused)
-        self.estimator = look_up("estimator", estimator or self._built_estimator, ESTIMATORS)
+        self.estimator = look_up("estimator", estimator, ESTIMATORS) if estimator else self._built_estimator
 
     @property
     def batch_coupled(self) -> tuple[str, ...]:
         """See `Quantizer.batch_coupled`."""
-        active = {name: loss for name, loss in self.losses.items() if self.weight(name) != 0}
-        return tuple(name for name, loss in active.items() if getattr(loss, "batch_coupled", False))
+        active: dict[str, Any] = {f"the loss {n}": loss for n, loss in self.losses.items() if self.weight(n) != 0}
+        active["the assignment"] = self.assign
+        return tuple(name for name, part in active.items() if getattr(part, "batch_coupled", False))
+
+    @property
+    def exact_in_training(self) -> bool:
+        """See `Quantizer.exact_in_training`."""
+        return not getattr(self.estimator, "own_value", False)
 
     def forward(self, latents: Tensor, mask: Tensor | None = None) -> Quantized:
         """See `Quantizer.forward`."""
@@ -143,6 +152,8 @@ class VectorQuantizer(Quantizer):
                 total = total + self.weight(name) * value
             carrier = self.estimator(assignment)
             rows = assignment.selected.detach() + (carrier - carrier.detach())
+            if self.training and not self.exact_in_training:
+                rows = carrier
             shape = self._grid(latents)
             z_q = from_rows(rows, shape, self.channel_axis).to(latents.dtype)
             if mask is not None:
@@ -162,7 +173,12 @@ class VectorQuantizer(Quantizer):
             num_valid = weight.sum()
         if self.unit_sphere:
             z = unit(z)
-        indices, distance = self.assign(z.detach(), table.detach())
+        # Evaluation may run in one process alone, so it must not wait for the others.
+        reduce = self.reduce if self.training else alone
+        noise = Noise.at(self.seed, self.updates, self._positions(latents))
+        setting = Setting(self.training, self.temperature, noise, weight, reduce)
+        extra = (setting,) if getattr(self.assign, "informed", False) else ()
+        indices, distance = self.assign(z.detach(), table.detach(), *extra)
         selected = nn.functional.embedding(indices, table)
         if mask is not None:
             indices = torch.where(mask.reshape(-1), indices, -1)
@@ -175,9 +191,14 @@ class VectorQuantizer(Quantizer):
             num_valid=num_valid,
             temperature=self.temperature,
             row_weight=weight,
-            # Evaluation may run in one process alone, so it must not wait for the others.
-            reduce=self.reduce if self.training else alone,
+            noise=noise,
+            reduce=reduce,
         )
+
+    def _positions(self, latents: Tensor) -> Tensor:
+        """Where the latents stand in the global batch, whose samples lie along the first axis."""
+        items = latents.shape[0] if latents.dim() > 1 and self.channel_axis % latents.dim() != 0 else 1
+        return positions(self._first_item, items, latents.numel() // max(1, items * self.dim))
 
     def _grid(self, latents: Tensor) -> tuple[int, ...]:
         axis = self.channel_axis % latents.dim()
@@ -236,8 +257,10 @@ class VectorQuantizer(Quantizer):
 
     def bake(self) -> Quantizer:
         """See `Quantizer.bake`."""
+        assign = evaluated(self.assign)
         baked = VectorQuantizer(
             FrozenCodebook(self.codebook()),
+            assign=assign,
             channel_axis=self.channel_axis,
             # Dividing by the length a second time would change last digits.
             unit_sphere="latents" if self.unit_sphere else False,
@@ -249,14 +272,16 @@ class VectorQuantizer(Quantizer):
             "channel_axis": self.channel_axis,
             **({"unit_sphere": "latents"} if self.unit_sphere else {}),
         }
+        if assign is not ASSIGNMENTS["l2"]:
+            baked.spec["assign"] = next((name for name, known in ASSIGNMENTS.items() if known is assign), None)
         return baked.to(self.codes.base.device).train(self.training)
 
     def _update(
         self, batch: list[Assignment], optimizer: torch.optim.Optimizer | None, ema: WeightAverage | None
     ) -> dict[str, float]:
+        self.updates += 1
         if not batch or not self.maintenance:
             return {}
-        self.updates += 1
         self._check_optimizer(optimizer)
         hits, distortion = (
             torch.zeros(self.num_codes, dtype=a.dtype, device=a.device) for a in [batch[0].distance] * 2
@@ -285,6 +310,8 @@ class VectorQuantizer(Quantizer):
             distortion=self.reduce(distortion),
             tokens=hits.sum(),
             reduce=self.reduce,
+            gather=self.gather,
+            noise=Noise.at(self.seed, self.updates, torch.arange(self.num_codes, device=hits.device)),
             generator=torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.updates)),
             rewrite=rewrite,
             unit_sphere=bool(self.unit_sphere),
