@@ -303,7 +303,7 @@ class Quantizer(nn.Module, ABC):
         if micro_batches > 1 and self.batch_coupled:
             self._warned_of_partial_statistics = True
             warnings.warn(
-                f"{self.batch_coupled[0]!r} couples all latents of a batch, so {micro_batches} accumulated "
+                f"{self.batch_coupled[0]} couples all latents of a batch, so {micro_batches} accumulated "
                 "micro-batches are not the same as one large batch",
                 UserWarning,
                 stacklevel=4,

@@ -132,7 +132,7 @@ class VectorQuantizer(Quantizer):
     @property
     def batch_coupled(self) -> tuple[str, ...]:
         """See `Quantizer.batch_coupled`."""
-        active: dict[str, Any] = {f"the loss {n}": loss for n, loss in self.losses.items() if self.weight(n) != 0}
+        active: dict[str, Any] = {f"the loss {n!r}": loss for n, loss in self.losses.items() if self.weight(n) != 0}
         active["the assignment"] = self.assign
         return tuple(name for name, part in active.items() if getattr(part, "batch_coupled", False))
 

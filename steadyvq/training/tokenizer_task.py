@@ -157,7 +157,7 @@ class TokenizerTask(Task):
             self.quantizer.configure(weights=stage.weights)
             for name in self.quantizer.batch_coupled:
                 raise ValueError(
-                    f"micro_batch_size is {self.config.micro_batch_size}, but {name!r} of this quantizer couples all "
+                    f"micro_batch_size is {self.config.micro_batch_size}, but {name} of this quantizer couples all "
                     "latents of a batch, so that micro-batches do not add up to it: leave out micro_batch_size, use more "
                     "processes, or set the weight of that loss to 0"
                 )
