@@ -282,6 +282,8 @@ class TestInit:
     @pytest.mark.parametrize("name", NAMES)
     def test_data_init_places_codes_on_latents(self, name):
         vq = steadyvq.build_quantizer(name, num_codes=K, dim=D)
+        if not isinstance(vq, VectorQuantizer):
+            pytest.skip("no single table: the layers are placed one after the other (test_methods_wrappers.py)")
         z = normal(100, D)
         vq.init_from(z, method="data")
         distance = torch.cdist(vq.codebook().double(), z.double()).min(1)
@@ -315,7 +317,7 @@ class TestBuilding:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"name": "nsqv"}, "unknown quantizer 'nsqv': known are ema, nsvq, simvq, vq; did you mean 'nsvq'"),
+            ({"name": "nsqv"}, "unknown quantizer 'nsqv': known are .*nsvq.*; did you mean 'nsvq'"),
             ({"num_codes": 0}, "num_codes is 0, but a quantizer needs a positive integer"),
             ({"dim": -3}, "dim is -3"),
             ({"num_codes": 2.5}, "num_codes is 2.5"),
