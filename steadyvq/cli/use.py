@@ -97,7 +97,10 @@ def encode(arguments: argparse.Namespace) -> int:
 def _encode_files(
     tokenizer: Tokenizer, data: str, size: int
 ) -> tuple[npt.NDArray[np.int64], list[str], list[tuple[str, str]]]:
-    """Tokens (images, h, w) or as the tokenizer gives them, names, and what was skipped; no more than a batch of photographs is in memory."""
+    """Tokens (images, h, w) (or as the quantizer has them), names, and what was skipped.
+
+    No more than a batch of photographs is in memory.
+    """
     files = image_files(data)
     tokens, names, skipped = [], [], list[tuple[str, str]]()
     with ProgressReport("encode", len(files)) as progress:

@@ -64,7 +64,9 @@ def check_count(name: str, value: Any) -> None:
 def check_options(inner_options: Any) -> dict[str, Any]:
     """The options of the inner quantizer as a dict; ValueError unless they are a mapping."""
     if inner_options is not None and not isinstance(inner_options, Mapping):
-        raise ValueError(f"inner_options is {inner_options!r}, but it needs a mapping of options of the inner quantizer")
+        raise ValueError(
+            f"inner_options is {inner_options!r}, but it needs a mapping of options of the inner quantizer"
+        )
     return dict(inner_options or {})
 
 
@@ -90,7 +92,9 @@ class Wrapper(Quantizer):
     ) -> None:
         super().__init__(inner[0].num_codes, dim, channel_axis=channel_axis)
         if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction is {reduction!r}, but the losses of the layers are combined by 'sum' or 'mean'")
+            raise ValueError(
+                f"reduction is {reduction!r}, but the losses of the layers are combined by 'sum' or 'mean'"
+            )
         if len(inner[0].index_shape((1, 1, 1))) < 3:
             raise ValueError(f"a {type(inner[0]).__name__} cannot be an inner quantizer: it needs whole images")
         self.inner = nn.ModuleList(inner)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class MultiScale(Wrapper):
         inner: The quantizers of the scales, or a single one that all share.
         scales: Sides (h, w) of the token grids, the last the size of the latents.
         losses: Weights of `commitment` and `codebook`.
-        phis: Number of refinement convolutions that the scales share; 0: none.
+        phis: Number of refinement convolutions that the scales share, at most one for each; 0: none.
         ratio: r, how much of the refinement is the convolution.
         reduction: `mean` or `sum` of the scales' losses.
         trainable: Whether the convolutions learn.
@@ -108,6 +109,8 @@ class MultiScale(Wrapper):
         self.scales = list(scales)
         self.own_losses = dict(losses or {})
         self.ratio = ratio
+        # More than one for each scale would leave some without a gradient.
+        phis = min(phis, len(scales))
         generator = torch.Generator().manual_seed(seed)
         self.phis = nn.ModuleList(Phi(self.dim, ratio, generator, trainable=trainable) for _ in range(phis))
         self._phi_of_scale = [_nearest_tick(k, len(scales), phis) for k in range(len(scales))]
@@ -168,8 +171,8 @@ class MultiScale(Wrapper):
                 f"indices have shape {tuple(indices.shape)}, but this quantizer needs (images, tokens) with "
                 f"{ends[-1]} tokens, or those of its first scales: {ends}"
             )
-        parts = indices.split(sizes[: ends.index(indices.shape[1]) + 1], 1)
-        return [part.unflatten(1, self.scales[k]) for k, part in enumerate(parts)]
+        parts = torch.split(indices, sizes[: ends.index(indices.shape[1]) + 1], 1)
+        return [part.reshape(len(part), *self.scales[k], *part.shape[2:]) for k, part in enumerate(parts)]
 
     def entries(self, indices: Tensor) -> Tensor:
         """See `Quantizer.entries`."""
@@ -282,11 +285,17 @@ class MultiScale(Wrapper):
 
 
 def _nearest_tick(scale: int, scales: int, phis: int) -> int:
-    """Which of the shared convolutions a scale uses."""
+    """Which of the shared convolutions a scale uses.
+
+    Scales halfway between two ticks (the third and the eighth of VAR's ten) go where the rounding of the released code,
+    numpy.linspace in float64, sends them; its arithmetic is repeated here so that its weights can be used.
+    """
     if phis < 2:
         return 0
     first = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
-    ticks = [first + (1 - 2 * first) * i / (phis - 1) for i in range(phis)]
+    last = 1 - first
+    step = (last - first) / (phis - 1)
+    ticks = [*(i * step + first for i in range(phis - 1)), last]
     at = scale / max(1, scales - 1)
     return min(range(phis), key=lambda i: abs(ticks[i] - at))
 
@@ -303,8 +312,10 @@ def _grids(scales: Any) -> list[Grid]:
         for side in pair:
             check_count("the side of a scale", side)
         grids.append((pair[0], pair[1]))
-    if any(a > b for one, other in zip(grids, grids[1:], strict=False) for a, b in zip(one, other, strict=True)):
-        raise ValueError(f"scales are {list(scales)}, but they go from coarse to fine, the last the size of the latents")
+    if any(a > b for one, other in pairwise(grids) for a, b in zip(one, other, strict=True)):
+        raise ValueError(
+            f"scales are {list(scales)}, but they go from coarse to fine, the last the size of the latents"
+        )
     return grids
 
 
@@ -317,7 +328,9 @@ def _own_losses(given: Mapping[str, Any]) -> dict[str, Loss]:
         if value is None:
             continue
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ValueError(f"the weight of loss {name!r} is {value!r}, but it needs a number, or null to leave it out")
+            raise ValueError(
+                f"the weight of loss {name!r} is {value!r}, but it needs a number, or null to leave it out"
+            )
         losses[name] = kinds[name](float(value))
     return losses
 
