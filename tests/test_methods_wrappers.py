@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from cases import NAMES, normal, same, state
 from torch import Tensor
@@ -85,8 +86,9 @@ class TestResidual:
         vq = residual(estimator=estimator)
         z = normal(40, D).requires_grad_()
         upstream = normal(40, D, seed=1)
-        (found,) = torch.autograd.grad((vq(z).z_q * upstream).sum(), z)
-        torch.testing.assert_close(found, upstream)
+        found = torch.autograd.grad((vq(z).z_q * upstream).sum(), [z, *vq.parameters()], allow_unused=True)
+        torch.testing.assert_close(found[0], upstream)
+        assert found[1:] == (None,) * L
 
     def test_each_sends_only_the_first_commitment_to_the_encoder(self):
         z = normal(40, D).double().requires_grad_()
@@ -179,9 +181,9 @@ class TestResidual:
             assert (distance < 1e-6).all()
             rest = rest - layer.codebook()[argmin(rest, layer.codebook())]
         shared = residual(places=False, shared=True)
-        shared.init_from(z, method="data")
+        shared.init_from(z + 10, method="data")
         sizes = shared.codebook()[0].norm(dim=1)
-        assert sizes.min() < 0.6 * z.norm(dim=1).mean() < sizes.max(), "codes for latents and for residuals"
+        assert sizes.min() < 8 < 18 < sizes.max(), "codes for latents and for residuals"
 
     def test_masked_latents_place_nothing(self):
         z = torch.cat([normal(100, D), torch.full((50, D), 1e4)])
@@ -472,7 +474,9 @@ class TestMultiScale:
         vq = multiscale()
         f = images(3).requires_grad_()
         upstream = images(3, seed=4)
-        assert torch.equal(torch.autograd.grad((vq(f).z_q * upstream).sum(), f)[0], upstream)
+        found = torch.autograd.grad((vq(f).z_q * upstream).sum(), [f, *vq.parameters()], allow_unused=True)
+        assert torch.equal(found[0], upstream)
+        assert found[1:] == (None,) * len(found[1:])
         vq.configure(estimator="direct")
         found = torch.autograd.grad((vq(f).z_q * upstream).sum(), [f, *vq.parameters()], allow_unused=True)
         assert found[0] is None
@@ -504,6 +508,8 @@ class TestMultiScale:
     @pytest.mark.parametrize("shared", [True, False])
     def test_bake_keeps_every_token_and_vector(self, shared):
         vq = multiscale(shared=shared, scales=[1, [2, 3], 5], phis=2)
+        with torch.no_grad():
+            vq.phis[1].weight += 0.1
         baked = vq.bake()
         rebuilt = steadyvq.build_quantizer(**baked.spec)
         rebuilt.load_state_dict(baked.state_dict())
@@ -706,3 +712,57 @@ def test_a_residual_of_one_layer_is_that_layer():
         assert torch.equal(a.indices, b.indices[:, 0])
         assert torch.equal(a.loss, b.loss)
         assert vq.update(a) == one.update(b)
+
+
+class Model(torch.nn.Module):
+    """A linear encoder before a quantizer."""
+
+    def __init__(self, name: str, options: dict[str, object]) -> None:
+        super().__init__()
+        self.encoder = torch.nn.Conv2d(D, D, 1)
+        self.quantizer = steadyvq.build_quantizer(name, num_codes=8, dim=D, channel_axis=1, **options)
+
+    def forward(self, x: Tensor) -> Quantized:
+        return self.quantizer(self.encoder(x))
+
+
+def train(rank: int, world: int, folder: str, name: str, options: dict[str, object]) -> None:
+    """Twelve steps on the process's share of each batch; the first one leaves its state in the folder."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = Model(name, options).double()
+    wrapped: torch.nn.Module = model
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        steadyvq.across_processes(wrapped)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.quantizer.init_from(normal(8, D, 4, 4, seed=99).double().chunk(world)[rank], method="data")
+    for step in range(12):
+        x = normal(8, D, 4, 4, seed=step).double().chunk(world)[rank]
+        out = wrapped(x)
+        ((out.z_q - x).square().mean() + out.loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.quantizer.update(out, optimizer)
+    if rank == 0:
+        torch.save(model.state_dict(), f"{folder}/state-{world}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("residual", {"layers": 3, "dropout": 0.7, "maintenance": {"replace": {"patience": 1.0, "cap": 1.0}}}),
+        ("residual", {"layers": 3, "shared": True, "inner": "ema"}),
+        ("multiscale", {"scales": [1, 2, 4]}),
+    ],
+)
+def test_two_processes_are_one(name, options, tmp_path):
+    """Dropped layers included: the wrapper of two processes waits for the gradient of every parameter."""
+    train(0, 1, str(tmp_path), name, options)
+    torch.multiprocessing.spawn(train, (2, str(tmp_path), name, options), nprocs=2)
+    one, two = (torch.load(tmp_path / f"state-{world}.pt") for world in (1, 2))
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9)

@@ -207,8 +207,10 @@ class Wrapper(Quantizer):
 
         self._walk(z, mask, place)
         if self.shared:
-            rows = torch.cat([x.reshape(-1, x.shape[-1]) for x, _ in seen])
-            valid = None if mask is None else torch.cat([m.reshape(-1) for _, m in seen if m is not None])
+            # Sample by sample, so that the order is the same however the samples lie in processes.
+            items = z.shape[0] if z.dim() > 1 else 1
+            rows = torch.cat([x.reshape(items, -1, x.shape[-1]) for x, _ in seen], 1)
+            valid = None if mask is None else torch.cat([m.reshape(items, -1) for _, m in seen if m is not None], 1)
             self.layer(0).init_from(rows, valid, method=method, seed=seed)
 
     def configure(
