@@ -335,6 +335,8 @@ class TestInit:
             with pytest.raises(ValueError, match="cannot place"):
                 vq.init_from(z, method="data")
             return
+        if not isinstance(vq, VectorQuantizer):
+            pytest.skip("no single table: the layers are placed one after the other (test_methods_wrappers.py)")
         vq.init_from(z, method="data")
         distance = torch.cdist(vq.codebook().double(), seen(vq, z).double()).min(1)
         assert (distance.values < 1e-6).all()
@@ -367,7 +369,7 @@ class TestBuilding:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"name": "nsqv"}, "unknown quantizer 'nsqv': known are .*ema, .*nsvq, .*vq.*; did you mean 'nsvq'"),
+            ({"name": "nsqv"}, "unknown quantizer 'nsqv': known are .*nsvq.*; did you mean 'nsvq'"),
             ({"num_codes": 0}, "num_codes is 0, but a quantizer needs a positive integer"),
             ({"dim": -3}, "dim is -3"),
             ({"num_codes": 2.5}, "num_codes is 2.5"),

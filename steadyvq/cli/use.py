@@ -90,14 +90,18 @@ def encode(arguments: argparse.Namespace) -> int:
     write_atomically(arguments.out, write)
     for path, reason in skipped:
         say(f"skipped {path}: {reason}")
-    say(f"{len(indices)} images as {indices.shape[1]}x{indices.shape[2]} tokens each: {arguments.out}")
+    shape = "x".join(map(str, indices.shape[1:]))
+    say(f"{len(indices)} images as {shape} tokens each: {arguments.out}")
     return 0
 
 
 def _encode_files(
     tokenizer: Tokenizer, data: str, size: int
 ) -> tuple[npt.NDArray[np.int64], list[str], list[tuple[str, str]]]:
-    """Tokens (images, h, w), names, and what was skipped; no more than a batch of photographs is in memory."""
+    """Tokens (images, h, w) (or as the quantizer has them), names, and what was skipped.
+
+    No more than a batch of photographs is in memory.
+    """
     files = image_files(data)
     tokens, names, skipped = [], [], list[tuple[str, str]]()
     with ProgressReport("encode", len(files)) as progress:
@@ -119,7 +123,7 @@ def decode(arguments: argparse.Namespace) -> int:
     """Turns an .npz file of tokens into PNG files."""
     check_output(arguments.out, folder=True)
     tokenizer, _ = open_tokenizer(arguments.run, arguments.quantizer)
-    tokens, names = _read_tokens(arguments.tokens, tokenizer.quantizer.num_codes)
+    tokens, names = _read_tokens(arguments.tokens, tokenizer.quantizer.num_codes, tokenizer.index_rank)
     with ProgressReport("decode", len(tokens)) as progress:
         for start in range(0, len(tokens), BATCH):
             images = to_uint8(tokenizer.decode(tokens[start : start + BATCH])).permute(0, 2, 3, 1).numpy()
@@ -138,12 +142,13 @@ def _short(name: str) -> str:
     return stem.encode()[:NAME_BYTES].decode(errors="ignore")
 
 
-def _read_tokens(path: Path, num_codes: int) -> tuple[torch.Tensor, list[str]]:
+def _read_tokens(path: Path, num_codes: int, rank: int) -> tuple[torch.Tensor, list[str]]:
     tokens, names, codes = _load_tokens(path)
     if tokens.dtype.kind not in "iu":
         raise ValueError(f"{path} holds tokens of type {tokens.dtype}, but tokens are integers: encode again")
-    if tokens.ndim != 3 or 0 in tokens.shape:
-        raise ValueError(f"{path} holds tokens of shape {tokens.shape}, but (images, height, width) are needed")
+    if tokens.ndim != rank or 0 in tokens.shape:
+        needed = "(images, height, width) are" if rank == 3 else f"{rank} axes, the first of images, are"
+        raise ValueError(f"{path} holds tokens of shape {tokens.shape}, but {needed} needed")
     if len(names) != len(tokens):
         raise ValueError(f"{path} holds {len(names)} names for {len(tokens)} images: encode again")
     if codes != num_codes:

@@ -40,7 +40,7 @@ def encoder_drift(before: Float[Tensor, "*N d"], after: Float[Tensor, "*N d"]) -
     return _ratio(moved, math.sqrt(float((old - old.mean(0)).square().sum(1).mean()))), moved
 
 
-def assignment_churn(before: Int[Tensor, "*N"], after: Int[Tensor, "*N"]) -> float:
+def assignment_churn(before: Int[Tensor, "*M"], after: Int[Tensor, "*M"]) -> float:
     """Return the fraction of positions whose index changed; positions masked (-1) in both are left out."""
     counted = (before >= 0) | (after >= 0)
     return float((before != after).sum()) / max(1, int(counted.sum()))
@@ -54,14 +54,14 @@ class Probe:
         self._indices: Tensor | None = None
 
     def __call__(
-        self, latents: Float[Tensor, "*N d"], z_q: Float[Tensor, "*N d"], indices: Int[Tensor, "*N"]
+        self, latents: Float[Tensor, "*N d"], z_q: Float[Tensor, "*N d"], indices: Int[Tensor, "*M"]
     ) -> dict[str, float | None]:
         """Measure the probe batch.
 
         Args:
             latents: Encoder outputs of the probe batch, features last; the same inputs in the same order at each call.
             z_q: Their codes.
-            indices: Their indices.
+            indices: Their indices; of several layers all are compared.
 
         Returns:
             ``relative_error`` of this call, and against the call before ``drift``, ``drift_rms`` and ``churn``, which

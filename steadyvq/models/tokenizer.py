@@ -88,6 +88,11 @@ class Tokenizer(nn.Module):
         """Image pixels per token, along one side."""
         return self.encoder.downsampling
 
+    @property
+    def index_rank(self) -> int:
+        """Number of axes of what `encode` gives: 3, unless the quantizer gives a latent several indices."""
+        return len(self.quantizer.index_shape((1, 1, 1)))
+
     def latents(self, images: Tensor) -> Tensor:
         """Map images (B, 3, H, W) in [-1, 1] to latents (B, d, h, w), before quantization.
 
@@ -112,18 +117,23 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Return the indices (B, h, w), int64, of images (B, 3, H, W) in [-1, 1]; no gradient."""
+        """Return the indices, int64, of images (B, 3, H, W) in [-1, 1]; no gradient.
+
+        They are (B, h, w), or what `quantizer.index_shape((B, h, w))` says where a latent has several.
+        """
         return self.quantizer.encode(self.latents(images))
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
-        """Return the images (B, 3, H, W), clamped to [-1, 1], of indices (B, h, w); no gradient.
+        """Return the images (B, 3, H, W), clamped to [-1, 1], of indices as `encode` gives them; no gradient.
 
         Raises:
-            ValueError: the indices are not of rank 3.
+            ValueError: the indices are not of the rank that `encode` gives.
         """
-        if indices.dim() != 3:
-            raise ValueError(f"indices have shape {tuple(indices.shape)}, but a tokenizer decodes grids (B, h, w).")
+        rank = self.index_rank
+        if indices.dim() != rank:
+            wanted = "grids (B, h, w)" if rank == 3 else f"indices of {rank} axes, as `encode` gives them"
+            raise ValueError(f"indices have shape {tuple(indices.shape)}, but a tokenizer decodes {wanted}.")
         z_q = self.quantizer.decode(indices, dtype=self.decoder.conv_in.weight.dtype)
         image: Tensor = self.decoder(self.post_quant(z_q))
         return image.clamp(-1, 1)
@@ -237,9 +247,10 @@ def _build_quantizer(spec: Any, folder: Path) -> Quantizer:
     """Build a registered quantizer; a method that lives in a user's file is never executed from here."""
     if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
         raise ValueError(f"{folder / CONFIG_FILE} does not say how its quantizer was built: pass quantizer=...")
-    if ":" in spec["name"]:
+    own = next((name for name in _quantizer_names(spec) if ":" in name), None)
+    if own is not None:
         raise ValueError(
-            f"the quantizer of {folder} comes from the file {spec['name']!r}, which is not run when a tokenizer is "
+            f"the quantizer of {folder} comes from the file {own!r}, which is not run when a tokenizer is "
             "read: build the quantizer yourself and pass quantizer=..."
         )
     # The library half of this package imports the methods only where one is asked for by name.
@@ -247,6 +258,13 @@ def _build_quantizer(spec: Any, folder: Path) -> Quantizer:
 
     quantizer: Quantizer = build_quantizer(**spec)
     return quantizer
+
+
+def _quantizer_names(spec: Mapping[str, Any]) -> list[str]:
+    """The method that a specification names, and those that it hands on to the layers inside."""
+    names = [str(spec[key]) for key in ("name", "inner") if key in spec]
+    options = spec.get("inner_options")
+    return names + (_quantizer_names(options) if isinstance(options, Mapping) else [])
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -111,6 +111,8 @@ class Quantized:
         loss: Weighted sum of the losses (0-d).
         losses: The unweighted losses by name (0-d each); a loss of weight 0 is not evaluated and is not here.
         assignment: The detached record that `update` reads.
+        inner: What the layers of a quantizer of quantizers returned, in their order; each is updated with its own. The
+            `assignment` then describes the whole: one code per latent, the row of `table` that the layers make together.
     """
 
     z_q: Tensor
@@ -118,6 +120,7 @@ class Quantized:
     loss: Tensor
     losses: dict[str, Tensor]
     assignment: Assignment
+    inner: tuple[Quantized, ...] = ()
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.z_q, self.indices, self.loss))
@@ -228,6 +231,23 @@ class Quantizer(nn.Module, ABC):
         the codes on the latents of all processes.
         """
 
+    def index_shape(self, grid: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the indices of latents whose shape without the feature axis is `grid`; here the same."""
+        return tuple(grid)
+
+    @property
+    def num_entries(self) -> int:
+        """Rows of all tables together, what usage is measured against; K unless there are several tables."""
+        return self.num_codes
+
+    def entries(self, indices: Tensor) -> Tensor:
+        """Indices as positions in all tables, in [0, num_entries), of the same shape; -1 stays."""
+        return indices
+
+    def index_map(self, indices: Tensor) -> Tensor:
+        """Indices of images as one grid (B, h, w), for a picture; the layers of several are not all in it."""
+        return indices
+
     @property
     def first_item(self) -> int:
         """Where the next forward's first sample stands among the samples of all micro-batches and processes.
@@ -285,7 +305,7 @@ class Quantizer(nn.Module, ABC):
             return {}
         self._warn_of_partial_statistics(len(batch))
         with torch.no_grad():
-            return self._update([item.assignment for item in batch], optimizer, ema)
+            return self._update_all(batch, optimizer, ema)
 
     def _warn_of_partial_statistics(self, micro_batches: int) -> None:
         """Warns once where the codebook would be the function of a part of the batch."""
@@ -308,6 +328,11 @@ class Quantizer(nn.Module, ABC):
                 UserWarning,
                 stacklevel=4,
             )
+
+    def _update_all(
+        self, batch: list[Quantized], optimizer: torch.optim.Optimizer | None, ema: WeightAverage | None
+    ) -> dict[str, float]:
+        return self._update([item.assignment for item in batch], optimizer, ema)
 
     def _update(
         self, batch: list[Assignment], optimizer: torch.optim.Optimizer | None, ema: WeightAverage | None

@@ -27,17 +27,17 @@ class Evaluation:
     Attributes:
         metrics: psnr, psnr_low, psnr_high (dB), ssim, utilization, ceiling, active, tokens, num_codes, perplexity,
             relative_error.
-        counts: Hits per code (K,).
+        counts: Hits per code (K,); of all tables one after the other where the quantizer has several.
         originals: Some of the evaluated images, spread evenly over all of them.
         reconstructions: What the tokenizer made of them.
-        tokens: Their indices.
+        tokens: Their indices, as `Tokenizer.encode` gives them.
     """
 
     metrics: dict[str, Any]
     counts: Int[Tensor, "K"]
     originals: UInt8[Tensor, "B 3 H W"]
     reconstructions: UInt8[Tensor, "B 3 H W"]
-    tokens: Int[Tensor, "B h w"]
+    tokens: Int[Tensor, "B ..."]
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def evaluate(tokenizer: Tokenizer, crops: EvaluationCrops, batch_size: int) -> E
         batch_size: Images per forward; the numbers do not depend on it.
     """
     device = next(tokenizer.parameters()).device
-    meter = UsageMeter(tokenizer.quantizer.num_codes)
+    meter = UsageMeter(tokenizer.quantizer.num_entries)
     quality = ImageQuality()
     shown: list[tuple[Tensor, Tensor, Tensor]] = []
     picked = range(0, len(crops), max(1, len(crops) // SHOWN))[:SHOWN]
@@ -59,7 +59,7 @@ def evaluate(tokenizer: Tokenizer, crops: EvaluationCrops, batch_size: int) -> E
     for start, images in zip(range(0, len(crops), batch_size), crops.batches(batch_size), strict=True):
         reconstruction, quantized = tokenizer(images.to(device))
         reconstruction = reconstruction.clamp(-1, 1).float().cpu()
-        meter.update(quantized.indices.cpu())
+        meter.update(tokenizer.quantizer.entries(quantized.indices).cpu())
         quality.update(images, reconstruction, crops.photographs[start : start + len(images)])
         z = quantized.assignment.z.double().cpu()
         error += float(quantized.assignment.distance.double().sum())

@@ -75,7 +75,7 @@ class TokenizerTask(Task):
         )
         self.val_crops = EvaluationCrops(photographs.split(data.eval_split), data.crop_size, data.eval_crops)
         self.probe = Probe()
-        losses = self.quantizer.losses if isinstance(self.quantizer, VectorQuantizer) else {}
+        losses = getattr(self.quantizer, "losses", {})
         self.watchable = frozenset({"loss", "reconstruction", "relative_error", *losses})
 
     @property
@@ -180,7 +180,7 @@ class TokenizerTask(Task):
         write_text(run.path / "usage.json", json.dumps(_usage(self.quantizer, result.counts)))
         grid = picture_grid(result.originals, result.reconstructions)
         write_atomically(run.path / "pictures" / f"step-{step:08d}.png", lambda path: grid.save(path))
-        codes = code_map(_side_by_side(result.tokens), self.quantizer.num_codes)
+        codes = code_map(_side_by_side(self.quantizer.index_map(result.tokens)), self.quantizer.num_codes)
         write_atomically(run.path / "codes.png", lambda path: codes.save(path))
         return result.metrics
 
@@ -229,8 +229,9 @@ def _relative_error(outputs: Sequence[Quantized], quantizer: Quantizer) -> Tenso
 
 def _usage(quantizer: Quantizer, counts: Tensor) -> dict[str, Any]:
     """Hits per code on the held-out images and, where replacement counts it, how long each code has gone without one."""
-    usage: dict[str, Any] = {"num_codes": quantizer.num_codes, "counts": counts.tolist()}
-    for part in quantizer.modules():
-        if isinstance(part, ReplaceDead):
-            usage |= {"idle": (part.idle / quantizer.num_codes).tolist(), "patience": part.patience}
+    usage: dict[str, Any] = {"num_codes": quantizer.num_entries, "counts": counts.tolist()}
+    parts = [part for part in quantizer.modules() if isinstance(part, ReplaceDead)]
+    idle = [hits for part in parts for hits in (part.idle / part.idle.numel()).tolist()]
+    if parts and len(idle) == len(counts):
+        usage |= {"idle": idle, "patience": parts[0].patience}
     return usage
