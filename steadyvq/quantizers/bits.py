@@ -93,8 +93,7 @@ def log_odds(a: Assignment) -> Tensor:
 class SampleEntropy:
     """H_s = mean_i H(p_i) = mean_i sum_b h(sigma(4 m z_ib / tau)): makes the encoder sure of each bit. In nats.
 
-    h(p) = -p log p - (1 - p) log(1 - p). Source: equation of the entropy penalty of MAGVIT-v2 (arXiv 2310.05737), first
-    term; the factorisation is equation-for-equation the same number as the softmax over all codes.
+    h(p) = -p log p - (1 - p) log(1 - p). Source: MAGVIT-v2 (arXiv 2310.05737), first term of the entropy penalty.
     """
 
     weight: float = 0.1

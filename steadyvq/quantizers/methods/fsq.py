@@ -8,7 +8,7 @@ per feature with l levels. The straight-through estimator goes round the roundin
 are lopsided: l = 8 has the levels -4..3, as q from -1 to 3/4.
 
 `form="centred"` has h with 1 + eps and s = artanh(o / h), so that z = 0 lies on q = 0 exactly, as in lucidrains'
-vector-quantize-pytorch. The tan of the official code is artanh to third order only; the forms differ by a shift of z.
+vector-quantize-pytorch. tan and artanh agree to third order: the forms hardly differ but for l = 2.
 
 `fsq_symmetric` has levels that are symmetric about 0 for even l too, and no bound but tanh:
 
