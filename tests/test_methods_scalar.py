@@ -152,6 +152,7 @@ class TestFSQ:
         z = spread(50, 3)
         out = vq(z)
         error = (out.assignment.z - out.z_q).square().mean()
+        torch.testing.assert_close(out.assignment.distance, (out.assignment.z - out.z_q).square().sum(-1))
         torch.testing.assert_close(out.loss, 0.5 * error)
         assert error < 0.1 < (z - out.z_q).square().mean()
 
