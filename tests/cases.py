@@ -6,6 +6,7 @@ from torch import Tensor
 
 import steadyvq
 from steadyvq.quantizers import TransformedCodebook, VectorQuantizer
+from steadyvq.quantizers.assign import evaluated
 from steadyvq.quantizers.registry import methods
 
 GRIDS = ("multiscale",)
@@ -61,3 +62,9 @@ def state(vq: torch.nn.Module) -> dict[str, Tensor]:
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two states are equal to the last bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def trains_otherwise(vq: steadyvq.Quantizer) -> bool:
+    """Whether training draws tokens or gives vectors that evaluation does not."""
+    drawn = isinstance(vq, VectorQuantizer) and evaluated(vq.assign) is not vq.assign
+    return drawn or not vq.exact_in_training

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "quantizer_memory.py"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.mark.slow
-def test_a_training_step_at_65536_codes_stays_far_below_one_n_by_k_matrix(tmp_path):
-    """K = 65,536, d = 128, N = 8,192: below 0.3 x (N x K x 4 bytes) beyond parameters, gradients and optimiser state."""
+@pytest.mark.parametrize(
+    ("benchmark", "form", "most"), [("quantizer_memory", "nsvq", 0.3), ("entropy_memory", "lfq", 0.1)]
+)
+def test_a_training_step_at_65536_codes_stays_far_below_one_n_by_k_matrix(tmp_path, benchmark, form, most):
+    """K = 65,536, N = 8,192: a share of N x K x 4 bytes beyond parameters, gradients and optimiser state."""
     done = subprocess.run(
-        [sys.executable, BENCHMARK, "--forms", "nsvq", "--json", "out.json"],
+        [sys.executable, BENCHMARKS / f"{benchmark}.py", "--forms", form, "--json", "out.json"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -24,5 +27,5 @@ def test_a_training_step_at_65536_codes_stays_far_below_one_n_by_k_matrix(tmp_pa
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    share = json.loads((tmp_path / "out.json").read_text())["forms"]["nsvq"]["of_matrix"]
-    assert 0 < share < 0.3, done.stdout
+    share = json.loads((tmp_path / "out.json").read_text())["forms"][form]["of_matrix"]
+    assert 0 < share < most, done.stdout

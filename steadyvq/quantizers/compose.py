@@ -73,7 +73,7 @@ def compose(num_codes: int, dim: int, preset: Description, overrides: Descriptio
     if not isinstance(codes, Codebook):
         rows = look_up("init", given["init"], INITS)(num_codes, dim, generator)
         codes = _codebook(codes, unit(rows) if given["unit_sphere"] else rows, generator)
-    losses = {name: _loss(name, value) for name, value in given["losses"].items() if value is not None}
+    losses = build_losses(given["losses"])
     maintenance = {
         name: _maintenance(name, value, num_codes, dim)
         for name, value in given["maintenance"].items()
@@ -165,11 +165,28 @@ def _function(kind: str, value: Any, known: Mapping[str, Callable[..., Any]]) ->
     return made
 
 
-def _loss(name: str, value: Any) -> Loss:
+def build_losses(
+    described: Description, overrides: Any = None, known: Mapping[str, Callable[..., Any]] = LOSSES
+) -> dict[str, Loss]:
+    """The losses that a mapping from names to settings describes, as in `compose`.
+
+    Args:
+        described: The method's own.
+        overrides: Merged into them.
+        known: Constructors by name.
+
+    Raises:
+        ValueError: Unknown names or wrong values.
+    """
+    merged = described if overrides is None else _merge(described, overrides)
+    return {name: _loss(name, value, known) for name, value in merged.items() if value is not None}
+
+
+def _loss(name: str, value: Any, known: Mapping[str, Callable[..., Any]]) -> Loss:
     if callable(value) and hasattr(value, "weight"):
         return value  # type: ignore[no-any-return]
     options = dict(value) if isinstance(value, Mapping) else {"weight": value}
-    loss: Loss = _call(f"loss {name!r}", look_up("loss", name, LOSSES), options)
+    loss: Loss = _call(f"loss {name!r}", look_up("loss", name, known), options)
     return loss
 
 

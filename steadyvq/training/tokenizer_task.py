@@ -167,10 +167,10 @@ class TokenizerTask(Task):
         """Drift and churn of the probe images since the epoch before, under the trained weights."""
         device = next(self.tokenizer.parameters()).device
         images = next(self.val_crops.batches(self.config.probe_images)).to(device)
-        latents = self.tokenizer.latents(images).float()
-        indices = self.quantizer.encode(latents)
-        z, z_q = (x.movedim(1, -1) for x in (latents, self.quantizer.decode(indices)))
-        return self.probe(z, z_q, indices)
+        out = self.quantizer(self.tokenizer.latents(images).float())
+        z_q = out.z_q.movedim(1, -1)
+        # The record has the latents where the codes live; some methods bound or normalise them first.
+        return self.probe(out.assignment.z.reshape(z_q.shape), z_q, out.indices)
 
     def validate(self, step: int, run: RunFolder) -> Mapping[str, float]:
         """Evaluates on the held-out photographs and saves a picture, a record and the code counts."""
