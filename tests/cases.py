@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 import steadyvq
-from steadyvq.quantizers import LinearCodebook, VectorQuantizer, methods
+from steadyvq.quantizers import TransformedCodebook, VectorQuantizer
+from steadyvq.quantizers.registry import methods
 
 NAMES = steadyvq.list_quantizers()
 LAYOUTS = {  # name -> (shape with 0 for the features, channel axis)
@@ -28,22 +29,26 @@ def build(name: str, **overrides: object) -> steadyvq.Quantizer:
     """A quantizer of the method's example size whose codes, where it places any, lie among standard normal latents."""
     num_codes, dim = methods()[name].example
     vq = steadyvq.build_quantizer(name, **{"num_codes": num_codes, "dim": dim, **overrides})
-    if not vq.places_codes:
-        return vq
-    axis = overrides.get("channel_axis", -1)
-    shape = (200, vq.dim) if axis == -1 else (200, vq.dim, 1)
-    vq.init_from(torch.randn(shape, generator=torch.Generator().manual_seed(5)), method="data")
-    if isinstance(vq, VectorQuantizer) and isinstance(vq.codes, LinearCodebook):
-        # Placed codes have the identity as their map, where the base and the table cannot be told apart.
+    if vq.places_codes:
+        axis = overrides.get("channel_axis", -1)
+        shape = (200, vq.dim) if axis == -1 else (200, vq.dim, 1)
+        vq.init_from(torch.randn(shape, generator=torch.Generator().manual_seed(5)), method="data")
+    if isinstance(vq, VectorQuantizer) and isinstance(vq.codes, TransformedCodebook):
+        # Placed codes have the identity as their transform, where the base and the table cannot be told apart.
         with torch.no_grad():
-            vq.codes.weight += 0.2 * normal(vq.dim, vq.dim, seed=6)
-            vq.codes.bias += 0.2 * normal(vq.dim, seed=7)
+            for seed, p in enumerate(p for p in vq.codes.parameters() if p is not vq.codes.base):
+                p += 0.5 * p.shape[-1] ** -0.5 * normal(*p.shape, seed=6 + seed)
     return vq
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     """Standard normal numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seen(vq: steadyvq.Quantizer, z: Tensor) -> Tensor:
+    """Latents (N, d) as the look-up sees them."""
+    return z / z.square().sum(-1, keepdim=True).sqrt() if getattr(vq, "unit_sphere", False) else z
 
 
 def state(vq: torch.nn.Module) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from cases import LAYOUTS, NAMES, build, layout_shape, normal, same, state
+from cases import LAYOUTS, NAMES, build, layout_shape, normal, same, seen, state
 
 import steadyvq
 from steadyvq.quantizers.assign import evaluated
@@ -179,6 +179,8 @@ class TestContract:
         assert not list(baked.parameters())
 
     def test_full_graph_compile(self, name):
+        # The limit of recompilations counts all methods that share a forward.
+        torch.compiler.reset()
         vq = build(name)
         torch._dynamo.reset()  # all methods share one forward, and a limit of eight compilations
         compiled = torch.compile(vq, fullgraph=True, backend="aot_eager")
@@ -192,11 +194,13 @@ class TestContract:
         torch.testing.assert_close(*grads)
 
     def test_straight_through_gradient(self, name):
-        vq = build(name, losses=dict.fromkeys(build(name).losses))
+        vq = build(name, losses=dict.fromkeys(build(name).losses), estimator="straight_through")
         z = normal(50, vq.dim).requires_grad_()
         upstream = normal(50, vq.dim, seed=2)
         (vq(z).z_q * upstream).sum().backward()
-        assert torch.equal(z.grad, upstream)
+        (expected,) = torch.autograd.grad((seen(vq, z) * upstream).sum(), z)
+        torch.testing.assert_close(z.grad, expected, rtol=1e-5, atol=1e-7)
+        assert vq.unit_sphere or torch.equal(z.grad, upstream)
 
     def test_direct_gradient_goes_to_the_code(self, name):
         vq = build(name, estimator="direct")
@@ -221,7 +225,8 @@ class TestContract:
 
     @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
     def test_a_broken_latent_spoils_no_code(self, name, broken):
-        parts = {"replace": {"patience": 0.5, "cap": 1.0}}
+        copies = not build(name).codes.cannot_copy
+        parts = {"replace": {"patience": 0.5, "cap": 1.0}} if copies else {}
         vq = build(name, maintenance=parts, temperature={"effective_losers": 4})
         for step in range(20):
             z = normal(32, vq.dim, seed=step) + 5

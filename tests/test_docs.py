@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import tiny_recipe
+from runs import environment
 
 from steadyvq.experiments import tables
 from steadyvq.experiments.arms import arm_configs
@@ -50,7 +51,9 @@ def test_every_python_block_runs(photos, steadyvq_command, tmp_path):
     for name, text in blocks("python"):
         if text.startswith("@register"):
             text = "from steadyvq.quantizers import compose, register\nPARTS = {}\n" + text
-        done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, env=environment(0, 1)
+        )
         assert done.returncode == 0, f"{name}: {done.stderr}"
 
 

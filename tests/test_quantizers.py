@@ -5,11 +5,13 @@ import copy
 
 import pytest
 import torch
-from cases import NAMES, build, normal
+from cases import NAMES, build, normal, seen
 from torch import Tensor
 
 import steadyvq
 from steadyvq.quantizers import Quantized, VectorQuantizer, compose
+from steadyvq.quantizers.registry import methods
+from steadyvq.training.average import WeightAverage
 
 K, D = 24, 6
 
@@ -196,7 +198,6 @@ class TestMaintenance:
             assert events == [False] * (steps - 1) + [True]
 
     def test_adam_moments_and_average_of_replaced_rows_are_reset(self):
-        from steadyvq.training.average import WeightAverage
 
         vq = self.dying(cap=1.0)
         optimizer = torch.optim.Adam(vq.parameters(), 1e-2)
@@ -215,6 +216,52 @@ class TestMaintenance:
         shadow = average.shadow["codes.base"]
         assert torch.equal(shadow[LIVE:], vq.codes.base.detach()[LIVE:])
         assert not torch.equal(shadow[:LIVE], vq.codes.base.detach()[:LIVE])
+
+    @pytest.mark.parametrize("betas", [(0.9, 0.99), (0.9, 0.999)])
+    def test_a_replaced_row_begins_anew(self, betas):
+        """Beside its source after one step, no row both source and copy, and later where its own gradients took it."""
+        rate, window, jitter = 1e-3, 20, 0.1
+        settings = {"replace": {"patience": 2.0, "every": window, "cap": 0.5, "jitter": jitter}}
+        vq = steadyvq.build_quantizer("nsvq", num_codes=64, dim=8, maintenance=settings).double()
+        optimizer = torch.optim.Adam(vq.parameters(), rate, betas=betas)
+        average = WeightAverage(vq, 0.9)
+        events: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        copy_rows, step = vq.codes.copy_rows_, 0
+
+        def watched(dst: Tensor, src: Tensor, noise: Tensor) -> None:
+            events.append((step, dst, src, vq.codebook()[src] + noise))
+            copy_rows(dst, src, noise)
+
+        vq.codes.copy_rows_ = watched
+        tables, gradients = [], []
+        for step in range(8 * window):
+            out = vq(normal(16, 8, seed=step).double() * 0.3)
+            optimizer.zero_grad()
+            out.loss.backward()
+            optimizer.step()
+            tables.append(vq.codebook())
+            gradients.append(vq.codes.base.grad.clone())
+            vq.update(out, optimizer, average)
+            average.update()
+        assert len(events) >= 3
+        for at, dst, src, placed in events[:-2]:
+            assert not set(dst.tolist()) & set(src.tolist())
+            assert len(set(dst.tolist())) == len(dst) == len(set(src.tolist()))
+            noise = (placed - tables[at][src]).norm(dim=1)
+            assert (noise > 0).all()
+            moved = (tables[at + 1][dst] - tables[at][src]).norm(dim=1)
+            assert (moved <= noise + 4 * rate * 8**0.5).all()
+            # A loop of Adam from zero moments, with nothing but the row's own gradients of the next two windows.
+            m, v, row = torch.zeros_like(placed), torch.zeros_like(placed), placed.clone()
+            again = torch.cat([d for a, d, _, _ in events if at < a <= at + 2 * window] or [dst[:0]])
+            mine = torch.tensor([code not in again for code in dst.tolist()])
+            assert mine.any()
+            for t in range(at + 1, at + 1 + 2 * window):
+                g = gradients[t][dst]
+                m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g * g
+                corrected = m / (1 - betas[0] ** (t + 1)), v / (1 - betas[1] ** (t + 1))
+                row = row - rate * corrected[0] / (corrected[1].sqrt() + 1e-8)
+            torch.testing.assert_close(tables[at + 2 * window][dst][mine], row[mine])
 
     def test_donors_follow_the_measure_asked_for(self):
         """One crowded tight cluster and one sparse wide one: usage picks the first, distortion the second."""
@@ -281,12 +328,17 @@ class TestMaintenance:
 class TestInit:
     @pytest.mark.parametrize("name", NAMES)
     def test_data_init_places_codes_on_latents(self, name):
-        vq = steadyvq.build_quantizer(name, num_codes=K, dim=D)
-        z = normal(100, D)
+        num_codes, dim = methods()[name].example
+        vq = steadyvq.build_quantizer(name, num_codes=num_codes, dim=dim)
+        z = normal(100, dim)
+        if not vq.places_codes:
+            with pytest.raises(ValueError, match="cannot place"):
+                vq.init_from(z, method="data")
+            return
         vq.init_from(z, method="data")
-        distance = torch.cdist(vq.codebook().double(), z.double()).min(1)
+        distance = torch.cdist(vq.codebook().double(), seen(vq, z).double()).min(1)
         assert (distance.values < 1e-6).all()
-        assert len(distance.indices.unique()) == K
+        assert len(distance.indices.unique()) == num_codes
 
     def test_kmeans_beats_a_random_subset(self):
         z = torch.cat([centre + 0.1 * normal(50, D, seed=i) for i, centre in enumerate(5 * normal(K, D, seed=9))])

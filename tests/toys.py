@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small tasks on real photographs for tests of the engine, and a program that trains one as a process of a run.
 
-python tests/toys.py TASK RUN PHOTOS [--resume] [--set KEY=VALUE ...] [--record FILE] [--die STEP]
+python tests/toys.py TASK RUN PHOTOS [--resume] [--set KEY=VALUE ...] [--record FILE] [--harm WHAT STEP]
 
 masked      an autoencoder of pixel patches in float64 with masks, k-means start, replacement and a freeze
 fixed       a codebook on latents that do not move, in float32
@@ -23,9 +23,10 @@ from torch.optim import Adam
 from steadyvq.data import CropDataset, load_collection
 from steadyvq.data.crops import uniforms
 from steadyvq.quantizers import build_quantizer
+from steadyvq.training import checkpoint
 from steadyvq.training.config import resolve
 from steadyvq.training.loop import Diverged, Engine, Interrupted
-from steadyvq.training.processes import Processes, leave
+from steadyvq.training.processes import FailedElsewhere, Processes, leave
 from steadyvq.training.run import RunFolder
 from steadyvq.training.task import StepOutput, Task
 
@@ -38,6 +39,7 @@ class Toy(Task):
 
     watchable = frozenset({"loss", "commitment"})
     best = ("size", "max")
+    frozen = "encoder"
 
     def __init__(self, config):
         self.config = config
@@ -155,6 +157,7 @@ class Fixed(Masked):
 class Gan(Toy):
     """A generator of patches against a discriminator, with dropout, so that steps draw random numbers."""
 
+    frozen = "generator"
     objectives = ("generator", "discriminator")
 
     def build(self):
@@ -166,7 +169,7 @@ class Gan(Toy):
         return self.module[objective]
 
     def batch(self, epoch, positions):
-        noise = [uniforms(NOISE, self.config.seed, epoch, position, 1) for position in positions]
+        noise = [uniforms(NOISE, self.config.seed, epoch, position, 1).tolist() for position in positions]
         return [self.patches(epoch, positions)[:, 5], torch.tensor(noise, dtype=torch.float32)]
 
     def loss(self, objective, model, batch, earlier):
@@ -176,7 +179,11 @@ class Gan(Toy):
             fake = model(noise)
             total = -self.module["discriminator"](fake).mean()
             return StepOutput(total, {"loss": total.detach()}, fake.detach())
-        scores = model(torch.cat([real, earlier["generator"].extra]))
+        if "generator" in earlier:
+            fake = earlier["generator"].extra
+        else:  # it rests, since it is frozen
+            fake = self.module["generator"](noise).detach()
+        scores = model(torch.cat([real, fake]))
         total = (1 - scores[: len(real)]).relu().mean() + (1 + scores[len(real) :]).relu().mean()
         return StepOutput(total, {"loss/discriminator": total.detach()})
 
@@ -197,6 +204,7 @@ class Recurrent(nn.Module):
 class NextToken(Toy):
     """Grey levels of a line of pixels; lines differ in length, so batches are padded."""
 
+    frozen = "embedding"
     objectives = ("next",)
     watchable = frozenset({"loss"})
 
@@ -220,11 +228,11 @@ class NextToken(Toy):
 TASKS = {"masked": Masked, "fixed": Fixed, "gan": Gan, "next_token": NextToken}
 
 
-def toy_config(photos, sets=()):
-    """50 steps of 8 crops, a freeze after 30."""
+def toy_config(task, photos, sets=()):
+    """60 steps of 8 crops, a freeze after 30, checkpoints at 20, 40 and 60."""
     recipe = {
         "title": "toy",
-        "data": {"source": str(photos), "crop_size": 16, "epoch_samples": 40},
+        "data": {"source": str(photos), "crop_size": 16, "epoch_samples": 80},
         "model": {"multipliers": [1, 2]},
         "quantizer": {
             "name": "nsvq",
@@ -233,10 +241,14 @@ def toy_config(photos, sets=()):
             "options": {"maintenance": {"replace": {"patience": 2.0, "cap": 0.1}}},
         },
         "optim": {"lr": 1e-3},
-        "stages": [{"name": "joint", "until": {"max_epochs": 6}}, {"name": "refine"}],
-        "epochs": 10,
+        "stages": [
+            {"name": "joint", "until": {"plateau": "loss", "patience": 9, "max_epochs": 3}},
+            {"name": "refine", "frozen": [TASKS[task].frozen]},
+        ],
+        "epochs": 6,
         "batch_size": 8,
         "eval_every": 2,
+        "checkpoint_every": 2,
         "log_every": 1,
         "keep_checkpoints": 2,
     }
@@ -252,9 +264,9 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--record", type=Path)
-    parser.add_argument("--die", type=int, help="SIGKILL to itself in the middle of this step")
+    parser.add_argument("--harm", nargs=2, metavar=("WHAT", "STEP"), help="one of HARMS, in this step")
     arguments = parser.parse_args()
-    config = toy_config(arguments.photos, arguments.set)
+    config = toy_config(arguments.task, arguments.photos, arguments.set)
     torch.set_num_threads(1)
     processes = Processes(config.precision)
     task = TASKS[arguments.task](config)
@@ -262,13 +274,13 @@ def main() -> int:
     engine = Engine(task, run, resume=arguments.resume, quiet=True, processes=processes)
     if not arguments.resume:
         processes.first(lambda: run.begin("test"))
-    if arguments.die is not None:
-        die_in_step(engine, arguments.die)
+    if arguments.harm:
+        HARMS[arguments.harm[0]](engine, int(arguments.harm[1]))
     try:
         engine.fit()
     except Interrupted as stop:
         return 130 if stop.signal == signal.SIGINT else 0
-    except (Diverged, OSError) as error:
+    except (Diverged, OSError, FailedElsewhere) as error:
         print(error, file=sys.stderr)
         return 3
     if arguments.record and processes.is_first:
@@ -287,6 +299,35 @@ def die_in_step(engine, step):
         return after_step(*arguments)
 
     engine.task.after_step = die
+
+
+def die_in_write(engine, step):
+    """Kills the process when half of the first checkpoint after a step is written."""
+    save_file = checkpoint.save_file
+
+    def die(tensors, path, **options):
+        save_file(tensors, path, **options)
+        if engine.step > step:
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.save_file = die
+
+
+def fill_log(engine, step):
+    """From a step on the log lies on a full disk."""
+    batch = engine.task.batch
+
+    def full(*arguments):
+        if engine.step == step:
+            engine.run.log_path.unlink()
+            engine.run.log_path.symlink_to("/dev/full")
+        return batch(*arguments)
+
+    engine.task.batch = full
+
+
+HARMS = {"die": die_in_step, "die_in_write": die_in_write, "fill_log": fill_log}
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{arguments.run} is no run folder, so it names no data: pass --data FOLDER")
     crop = _positive("--crop", arguments.crop, config.data.crop_size if config else 128)
     count = _positive("--count", arguments.count, config.data.eval_crops if config else 320)
-    name = f"eval-{Path(source).name}-{arguments.split}-{crop}.json"
+    step = _step(arguments.run)
+    name = f"eval-{Path(source).name}-{arguments.split}-{crop}-{count}-step-{step:08d}.json"
     folder = arguments.run / "evaluations" if config else arguments.run
     out = folder / name if arguments.out is None else arguments.out
     check_output(out)
@@ -43,7 +44,7 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     photographs = load_collection(source, min_side=crop, max_side=max_side).split(arguments.split)
     crops = EvaluationCrops(photographs, crop, count)
     result = evaluate(tokenizer, crops, BATCH)
-    record = record_of(result, crops, config.hash() if config else "", _step(arguments.run))
+    record = record_of(result, crops, config.hash() if config else "", step)
     write_record(out, record)
     m = result.metrics
     row = {

@@ -2,7 +2,7 @@
 """Quantizers: layers that replace latents by codes. One file per published method lives in `methods/`."""
 
 from steadyvq.quantizers.base import Assignment, Quantized, Quantizer
-from steadyvq.quantizers.codebooks import Codebook, FreeCodebook, FrozenCodebook, LinearCodebook
+from steadyvq.quantizers.codebooks import Codebook, FreeCodebook, FrozenCodebook, LinearCodebook, TransformedCodebook
 from steadyvq.quantizers.compose import compose
 from steadyvq.quantizers.processes import across_processes
 from steadyvq.quantizers.registry import Method, accepts, build_quantizer, list_quantizers, methods, register
@@ -17,6 +17,7 @@ __all__ = [
     "Method",
     "Quantized",
     "Quantizer",
+    "TransformedCodebook",
     "VectorQuantizer",
     "accepts",
     "across_processes",

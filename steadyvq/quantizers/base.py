@@ -16,6 +16,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,8 @@ Gather = Callable[[Tensor], Tensor]
 """Concatenates rows (n, ...) of all processes, which may differ in number, in the order of their ranks."""
 
 UPDATE_REMINDER_AFTER = 10
+SHORTEST = 1e-8
+"""Length from which on a row has a direction; below, the gradient of its direction would be worth nothing."""
 
 
 def alone(tensor: Tensor) -> Tensor:
@@ -156,7 +159,8 @@ class Quantizer(nn.Module, ABC):
             (B, d, T) and (B, d, T, H, W).
 
     Attributes:
-        spec: The arguments of `build_quantizer` that made this layer (JSON-able), or None.
+        spec: The arguments of `build_quantizer` that make a layer for this one's state (JSON-able), or None.
+        spec_changes: Arguments of `spec` that differ from those given, where one named a file that need not last.
         reduce: Sums a tensor over the processes of a run; see `across_processes`.
         gather: Concatenates rows over the processes of a run.
         needs_update: Whether `update` must be called after every optimiser step.
@@ -165,6 +169,7 @@ class Quantizer(nn.Module, ABC):
     """
 
     spec: dict[str, Any] | None = None
+    spec_changes: Mapping[str, Any] = MappingProxyType({})
     needs_update: bool = False
     places_codes: bool = True
     _first_item: Tensor
@@ -387,6 +392,12 @@ def from_rows(rows: Tensor, shape: Sequence[int], channel_axis: int) -> Tensor:
     """Rows (N, d) back to the layout whose shape without the feature axis is `shape`."""
     out = rows.reshape(*shape, rows.shape[-1])
     return out.movedim(-1, channel_axis)
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows (..., d) divided by their lengths; a row of no length has no direction and stays as it is."""
+    length = rows.contiguous().norm(dim=-1, keepdim=True)
+    return rows / torch.where(length > SHORTEST, length, 1.0)
 
 
 def check_mask(mask: Tensor, latents: Tensor, channel_axis: int) -> None:

@@ -16,8 +16,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from steadyvq.quantizers.assign import ASSIGNMENTS
+from steadyvq.quantizers.base import unit
 from steadyvq.quantizers.codebooks import CODEBOOKS, INITS, Codebook
 from steadyvq.quantizers.estimators import ESTIMATORS
 from steadyvq.quantizers.losses import LOSSES, Loss
@@ -38,6 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "temperature": 0.35,
     "channel_axis": -1,
     "seed": 0,
+    "unit_sphere": False,
 }
 
 
@@ -51,7 +54,8 @@ def compose(num_codes: int, dim: int, preset: Description, overrides: Descriptio
         overrides: Replaces keys of the preset. In `losses` and `maintenance` each entry is merged by itself: a number
             is a weight (losses), a mapping sets fields, None leaves the part out. `temperature` is a number or
             `{"effective_losers": n}`, which calibrates it. A built part (Codebook, Loss, Maintenance) stands for
-            itself. `assign` and `estimator` are names, or `{name: {field: value}}` where they have settings.
+            itself; a codebook may also be `{name: settings}` or a function `(rows, generator) -> Codebook`. `assign` and
+            `estimator` are names, or `{name: {field: value}}` where they have settings.
 
     Raises:
         ValueError: Unknown names, wrong values, or parts that cannot work together.
@@ -68,7 +72,7 @@ def compose(num_codes: int, dim: int, preset: Description, overrides: Descriptio
     codes = given["codebook"]
     if not isinstance(codes, Codebook):
         rows = look_up("init", given["init"], INITS)(num_codes, dim, generator)
-        codes = look_up("codebook", codes, CODEBOOKS)(rows, generator)
+        codes = _codebook(codes, unit(rows) if given["unit_sphere"] else rows, generator)
     losses = {name: _loss(name, value) for name, value in given["losses"].items() if value is not None}
     maintenance = {
         name: _maintenance(name, value, num_codes, dim)
@@ -90,6 +94,7 @@ def compose(num_codes: int, dim: int, preset: Description, overrides: Descriptio
         temperature=temperature,
         channel_axis=given["channel_axis"],
         seed=given["seed"],
+        unit_sphere=given["unit_sphere"],
     )
 
 
@@ -110,8 +115,9 @@ def _check_options(given: Description) -> None:
         value = given[name]
         if not (isinstance(value, str) or callable(value) or (isinstance(value, Mapping) and len(value) == 1)):
             raise ValueError(f"{name} is {value!r}, but it needs a name, or {{name: settings}} with one name")
-    if not isinstance(given["codebook"], str | Codebook):
-        raise ValueError(f"codebook is {given['codebook']!r}, but it needs a name or a Codebook")
+    codes = given["codebook"]
+    if not isinstance(codes, str) and not callable(codes) and not (isinstance(codes, Mapping) and len(codes) == 1):
+        raise ValueError(f"codebook is {codes!r}, but it needs a name, {{name: settings}} or a Codebook")
     if not isinstance(given["temperature"], Mapping):
         _check_number("temperature", given["temperature"])
 
@@ -149,6 +155,14 @@ def _function(kind: str, value: Any, known: Mapping[str, Callable[..., Any]]) ->
         raise ValueError(f"{kind} {name!r} was given {options!r}, but it has no such settings: give its name alone")
     made: Callable[..., Any] = _call(f"{kind} {name!r}", type(part), dict(options)) if options else part
     return made
+
+
+def _codebook(value: Any, rows: Tensor, generator: torch.Generator) -> Codebook:
+    """A codebook from its name, from `{name: settings}`, or from a function."""
+    (name, options) = next(iter(value.items())) if isinstance(value, Mapping) else (value, {})
+    make = name if callable(name) else look_up("codebook", name, CODEBOOKS)
+    codes: Codebook = _call(f"codebook {name!r}", partial(make, rows, generator), dict(options))
+    return codes
 
 
 def _loss(name: str, value: Any) -> Loss:

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from steadyvq.quantizers.base import Assignment, Gather, Reduce
+from steadyvq.quantizers.base import SHORTEST, Assignment, Gather, Reduce, unit
 from steadyvq.quantizers.codebooks import Codebook, FrozenCodebook
 from steadyvq.quantizers.noise import Noise
 
@@ -45,6 +45,7 @@ class UpdateBatch:
         generator: Noise for this update, the same in every process.
         rewrite: `rewrite(dst, src, noise)` makes the codes `dst` copies of `src` and tells everyone who remembers rows:
             optimiser, moving average, all maintenance.
+        unit_sphere: Codes are directions: their lengths mean nothing.
     """
 
     assignments: list[Assignment]
@@ -58,6 +59,7 @@ class UpdateBatch:
     noise: Noise
     generator: torch.Generator
     rewrite: Callable[[Tensor, Tensor, Tensor], None]
+    unit_sphere: bool = False
 
 
 class Maintenance(nn.Module, ABC):
@@ -135,9 +137,18 @@ class EMA(Maintenance):
         for a in batch.assignments:
             valid = a.counted
             sums.index_add_(0, a.indices[valid], a.z[valid].to(sums))
-        self.counts.lerp_(batch.hits.to(self.counts), 1 - self.decay)
-        self.sums.lerp_(batch.reduce(sums), 1 - self.decay)
-        batch.codes.set_rows_(self.sums / self._smoothed()[:, None])
+        return self._average(batch, batch.hits, batch.reduce(sums))
+
+    def _average(self, batch: UpdateBatch, hits: Tensor, sums: Tensor) -> dict[str, float]:
+        """Takes hits (K,) and sums (K, d) of all processes into the averages and writes the codes."""
+        self.counts.lerp_(hits.to(self.counts), 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        rows = self.sums / self._smoothed()[:, None]
+        if batch.unit_sphere:
+            # The average of a code that is never hit fades to nothing; its direction stays.
+            length = self.sums.norm(dim=-1, keepdim=True)
+            rows = torch.where(length > SHORTEST, unit(self.sums), batch.codes.base)
+        batch.codes.set_rows_(rows)
         return {}
 
 
@@ -192,6 +203,11 @@ class ReplaceDead(Maintenance):
         self.register_buffer("usage", torch.zeros(num_codes))
         self.register_buffer("mass", torch.zeros(num_codes))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def check(self, codes: Codebook) -> None:
+        """Refuses codebooks whose codes cannot be copied."""
+        if codes.cannot_copy:
+            raise ValueError(f"replacement makes codes copies of others, but {codes.cannot_copy}")
 
     def rows_set(self, table: Tensor) -> None:
         """Forgets the past of the old table."""

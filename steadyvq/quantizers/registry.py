@@ -49,6 +49,10 @@ class Method:
 
 _METHODS: dict[str, Method] = {}
 
+# The folder has the name of the function below. Imported here, before `steadyvq.quantizers` takes that function in; a first
+# import later on would put the folder in its place.
+_PACKAGE = importlib.import_module("steadyvq.quantizers.methods")
+
 
 def register(
     name: str,
@@ -73,11 +77,8 @@ def register(
 @cache
 def load_methods() -> None:
     """Imports every file of `methods/`, so that adding a method is adding a file."""
-    package = importlib.import_module("steadyvq.quantizers.methods")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    # Importing the folder has put it into the place of the public function of the same name.
-    vars(sys.modules["steadyvq.quantizers"])["methods"] = methods
+    for module in pkgutil.iter_modules(_PACKAGE.__path__):
+        importlib.import_module(f"{_PACKAGE.__name__}.{module.name}")
 
 
 def methods() -> dict[str, Method]:
@@ -124,7 +125,7 @@ def build_quantizer(name: str, *, num_codes: int, dim: int, **overrides: Any) ->
         ) from error
     if not isinstance(quantizer, Quantizer):
         raise ValueError(f"{name} returned a {type(quantizer).__name__}, but it must return a steadyvq.Quantizer")
-    quantizer.spec = _spec(name, num_codes, dim, overrides)
+    quantizer.spec = _spec(name, num_codes, dim, {**overrides, **quantizer.spec_changes})
     return quantizer
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from steadyvq.quantizers.base import (
     check_mask,
     from_rows,
     to_rows,
+    unit,
 )
 from steadyvq.quantizers.codebooks import Codebook, FrozenCodebook
 from steadyvq.quantizers.estimators import ESTIMATORS
@@ -50,6 +51,8 @@ class VectorQuantizer(Quantizer):
         temperature: tau of soft assignments, in units of the squared distance.
         channel_axis: The axis of the latents that holds the features.
         seed: Of all noise in `update` and `init_from`.
+        unit_sphere: Latents and codes are divided by their lengths before the look-up; losses, codes and statistics are
+            those of unit vectors. "latents": the table is taken as it is stored, already of unit length (`bake`).
     """
 
     temperature: Tensor
@@ -66,13 +69,18 @@ class VectorQuantizer(Quantizer):
         temperature: float = 0.35,
         channel_axis: int = -1,
         seed: int = 0,
+        unit_sphere: bool | Literal["latents"] = False,
     ) -> None:
+        if unit_sphere not in (False, True, "latents"):
+            raise ValueError(f"unit_sphere is {unit_sphere!r}, but it needs true, false or 'latents'")
         with torch.no_grad():
-            table = codes()
+            table = unit(codes()) if unit_sphere is True else codes()
         super().__init__(table.shape[0], table.shape[1], channel_axis=channel_axis)
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}, but a softmax needs a positive temperature")
         self.codes = codes
+        self.unit_sphere = unit_sphere
+        self.places_codes = not codes.cannot_place
         self.losses = dict(losses or {})
         # A loss may be a module with parameters of its own; then they are trained and saved with the layer.
         self.loss_modules = nn.ModuleDict({n: loss for n, loss in self.losses.items() if isinstance(loss, nn.Module)})
@@ -95,6 +103,11 @@ class VectorQuantizer(Quantizer):
 
     def _parts(self) -> list[Maintenance]:
         return [part for part in self.maintenance.values() if isinstance(part, Maintenance)]
+
+    def _table(self) -> Tensor:
+        """The effective table (K, d) that look-up and decode share."""
+        table: Tensor = self.codes()
+        return unit(table) if self.unit_sphere is True else table
 
     def weight(self, name: str) -> float:
         """The present weight of a loss: the stage's if it names it, else the one it was built with."""
@@ -148,7 +161,7 @@ class VectorQuantizer(Quantizer):
         return Quantized(z_q, assignment.indices.reshape(shape), total, losses, assignment.detach())
 
     def _assign(self, latents: Tensor, mask: Tensor | None) -> Assignment:
-        table = self.codes()
+        table = self._table()
         z = to_rows(latents, self.dim, self.channel_axis, table.dtype)
         weight = None
         num_valid = torch.full((), float(z.shape[0]), dtype=z.dtype, device=z.device)
@@ -158,6 +171,8 @@ class VectorQuantizer(Quantizer):
             z = torch.where(mask.reshape(-1, 1), z, 0.0)
             weight = mask.reshape(-1).to(z.dtype)
             num_valid = weight.sum()
+        if self.unit_sphere:
+            z = unit(z)
         # Evaluation may run in one process alone, so it must not wait for the others.
         reduce = self.reduce if self.training else alone
         noise = Noise.at(self.seed, self.updates, self._positions(latents))
@@ -198,7 +213,7 @@ class VectorQuantizer(Quantizer):
     def decode(self, indices: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """See `Quantizer.decode`."""
         with torch.autocast(indices.device.type, enabled=False):
-            table = self.codes()
+            table = self._table()
             self._check_indices(indices)
             flat = indices.reshape(-1)
             rows = nn.functional.embedding(flat.clamp_min(0), table)
@@ -219,21 +234,23 @@ class VectorQuantizer(Quantizer):
     @torch.no_grad()
     def codebook(self) -> Tensor:
         """See `Quantizer.codebook`."""
-        table: Tensor = self.codes()
-        return table.clone()
+        return self._table().clone()
 
     @torch.no_grad()
     def init_from(
         self, latents: Tensor, mask: Tensor | None = None, *, method: str = "kmeans", seed: int | None = None
     ) -> None:
         """See `Quantizer.init_from`."""
+        if self.codes.cannot_place:
+            raise ValueError(f"init_from cannot place these codes on data: {self.codes.cannot_place}")
         rows = to_rows(latents.detach(), self.dim, self.channel_axis, self.codes.base.dtype)
         if mask is not None:
             check_mask(mask, latents, self.channel_axis)
             rows = rows[mask.reshape(-1)]
-        rows = self.gather(rows)
+        rows = self.gather(unit(rows) if self.unit_sphere else rows)
         generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
         table = place(rows.to(self.codes.base.device), self.num_codes, method, generator)
+        table = unit(table) if self.unit_sphere else table
         self.codes.set_rows_(table)
         for part in self._parts():
             part.rows_set(table)
@@ -241,12 +258,19 @@ class VectorQuantizer(Quantizer):
     def bake(self) -> Quantizer:
         """See `Quantizer.bake`."""
         assign = evaluated(self.assign)
-        baked = VectorQuantizer(FrozenCodebook(self.codebook()), assign=assign, channel_axis=self.channel_axis)
+        baked = VectorQuantizer(
+            FrozenCodebook(self.codebook()),
+            assign=assign,
+            channel_axis=self.channel_axis,
+            # Dividing by the length a second time would change last digits.
+            unit_sphere="latents" if self.unit_sphere else False,
+        )
         baked.spec = {
             "name": "baked",
             "num_codes": self.num_codes,
             "dim": self.dim,
             "channel_axis": self.channel_axis,
+            **({"unit_sphere": "latents"} if self.unit_sphere else {}),
         }
         if assign is not ASSIGNMENTS["l2"]:
             baked.spec["assign"] = next((name for name, known in ASSIGNMENTS.items() if known is assign), None)
@@ -269,9 +293,12 @@ class VectorQuantizer(Quantizer):
         hits = self.reduce(hits)
 
         def rewrite(dst: Tensor, src: Tensor, noise: Tensor) -> None:
+            if self.unit_sphere:
+                # The noise is meant for unit vectors, and rows that are divided by their lengths have others.
+                noise = noise * self.codes()[src].norm(dim=-1, keepdim=True).to(noise)
             self.codes.copy_rows_(dst, src, noise)
             self.codes.forget_rows(dst, optimizer, ema)
-            table = self.codes()
+            table = self._table()
             for part in self._parts():
                 part.rows_copied(dst, src, table)
 
@@ -287,6 +314,7 @@ class VectorQuantizer(Quantizer):
             noise=Noise.at(self.seed, self.updates, torch.arange(self.num_codes, device=hits.device)),
             generator=torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.updates)),
             rewrite=rewrite,
+            unit_sphere=bool(self.unit_sphere),
         )
         events: dict[str, float] = {}
         for name, part in self.maintenance.items():

@@ -76,8 +76,10 @@ class OptimConfig:
         lr: Learning rate of encoder, decoder and codebook transforms.
         codebook_lr: Learning rate of a free codebook; Adam moves a code by about this much per step, so it is a
             length in latent space.
-        decay: How all learning rates fall over the run: `constant`, or `cosine` to 0.
+        decay: How all learning rates fall over the run: `constant`, `linear` or `cosine`.
         warmup_steps: Steps over which they rise linearly from 0 first.
+        hold: Fraction of the run, warm-up included, after which they begin to fall.
+        final: What they are multiplied by at the end of the run.
         betas: Adam's decay rates.
         eps: Adam's epsilon.
         codebook_eps: Adam's epsilon for the codebook (None: `eps`).
@@ -87,8 +89,10 @@ class OptimConfig:
 
     lr: float = 1e-3
     codebook_lr: float = 1e-3
-    decay: Literal["constant", "cosine"] = "constant"
+    decay: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
+    hold: float = 0.0
+    final: float = 0.0
     betas: tuple[float, ...] = (0.9, 0.99)
     eps: float = 1e-8
     codebook_eps: float | None = None
@@ -109,6 +113,11 @@ class OptimConfig:
             raise ValueError(
                 f"optim.warmup_steps={self.warmup_steps}, grad_clip={self.grad_clip}, ema_decay={self.ema_decay}, but "
                 "warmup_steps >= 0, grad_clip > 0 (or null) and 0 <= ema_decay < 1 are needed"
+            )
+        if not 0 <= self.hold < 1 or not 0 <= self.final <= 1:
+            raise ValueError(
+                f"optim.hold={self.hold} and final={self.final}, but hold is a fraction of the run in [0, 1) and final a "
+                "factor in [0, 1]"
             )
 
 
@@ -195,7 +204,9 @@ class RunConfig:
         if self.optim.decay == "constant":
             return 1.0
         total = self.epochs * self.steps_per_epoch
-        return 0.5 * (1 + math.cos(math.pi * step / total))
+        fallen = max(0.0, step / total - self.optim.hold) / (1 - self.optim.hold)
+        shape = 1 - fallen if self.optim.decay == "linear" else 0.5 * (1 + math.cos(math.pi * fallen))
+        return self.optim.final + (1 - self.optim.final) * shape
 
     @property
     def steps_per_epoch(self) -> int:

@@ -7,9 +7,10 @@ function of (seed, position), so a resumed run repeats the uninterrupted one.
 
 import contextlib
 import json
+import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,11 @@ class Engine:
         if not self._active:
             raise ValueError(f"stage {self.schedule.stage.name!r} freezes everything there is: leave a part to train")
 
+    def _trained(self) -> list[str]:
+        """Names of the parts that the present stage trains."""
+        parts = self.task.parts().items()
+        return [n for n, modules in parts if any(p.requires_grad for module in modules for p in module.parameters())]
+
     def _log_window(self) -> None:
         in_epoch = self.step % self.config.steps_per_epoch
         if in_epoch and in_epoch % self.config.log_every:
@@ -249,7 +255,9 @@ class Engine:
         done = self.step // self.config.steps_per_epoch
         means = self.epoch_means.read()
         self.epoch_means.reset()
-        watched = {name.rpartition("/")[2]: value for name, value in means.items()}
+        # An epoch whose steps were all skipped has no means, and has not improved on anything.
+        watched = dict.fromkeys(self.task.watchable, math.inf)
+        watched |= {name.rpartition("/")[2]: value for name, value in means.items()}
         last = done == self.config.epochs
         evaluate = done % self.config.eval_every == 0 or last
         improved = self._measure(done, watched, progress, evaluate=evaluate)
@@ -257,7 +265,8 @@ class Engine:
             self._enter_stage()
             self._align(set(self.schedule.stage.frozen))
             self.processes.first(self._log_stage)
-            progress.say(f"step {self.step}: stage {self.schedule.stage.name} ({self.schedule.reason})")
+            stage, trained = self.schedule.stage, ", ".join(self._trained())
+            progress.say(f"step {self.step}: stage {stage.name} ({self.schedule.reason}) trains {trained}")
         if done % self.config.checkpoint_every == 0 or last or improved:
             self.save()
 
@@ -269,7 +278,7 @@ class Engine:
             self.run.log("probe", **self._where(), **{"commitment": watched.get("commitment"), **probe})
             return self._validate(progress) if evaluate else None
 
-        with self.processes.alone(self.task.module):
+        with self.processes.alone(self.task.module), _evaluating(self.task.module):
             best = self.processes.first(measure)
         self.best = best or self.best
         return best is not None
@@ -283,16 +292,12 @@ class Engine:
 
     def _validate(self, progress: ProgressReport) -> dict[str, Any] | None:
         """Evaluates the averaged weights; returns what makes it the best evaluation so far, if it is."""
-        modes = {module: module.training for module in self.task.module.modules()}
         with self.average.applied():
-            self.task.module.eval()
             values = self.task.validate(self.step, self.run)
             self.task.export(self.run.tokenizer)
             best = self._better(values)
             if best is not None:
                 self.task.export(self.run.best)
-        for module, training in modes.items():
-            module.training = training
         self.run.log("eval", **self._where(), **values)
         shown = ", ".join(f"{name} {values[name]:.2f}" for name in ("psnr", "utilization") if name in values)
         progress.say(f"step {self.step}: {shown}")
@@ -359,3 +364,15 @@ class Engine:
         path = self.save()
         self.processes.first(lambda: self.run.write_info(status="interrupted", seconds=round(self.seconds, 2)))
         raise Interrupted(signal_number, path)
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside this context all parts are in evaluation mode; then each is as it was, the frozen ones still in it."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -27,7 +27,7 @@ class Means:
         """Counts an event; `read` gives the number of events of that name, not a mean."""
         self._events[name] = self._events.get(name, 0) + 1
 
-    def read(self) -> dict[str, float]:
+    def read(self) -> dict[str, float | int]:
         """The means so far, and the counts of events."""
         return {**{name: float(total) / self._counts[name] for name, total in self._sums.items()}, **self._events}
 

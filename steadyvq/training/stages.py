@@ -164,7 +164,7 @@ class Schedule:
         if plateau is not None:
             return plateau
         if until.max_epochs is not None and self._epochs >= until.max_epochs:
-            return f"{self._epochs} epochs"
+            return "1 epoch" if self._epochs == 1 else f"{self._epochs} epochs"
         if until.at_fraction is not None and done >= until.at_fraction * total - 1e-9:
             return f"{until.at_fraction:.0%} of the run"
         return None

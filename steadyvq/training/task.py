@@ -105,7 +105,10 @@ class Task(ABC):
         """Raises ValueError if, in the present stage, micro-batches do not add up to the batch."""
 
     def end_epoch(self, epoch: int) -> Mapping[str, float | None]:
-        """Measures of the trained (not averaged) weights after an epoch, for the log; called in the first process."""
+        """Measures of the trained (not averaged) weights after an epoch, for the log.
+
+        Called in the first process, with the modules in evaluation mode, as `validate`.
+        """
         return {}
 
     @abstractmethod

@@ -167,10 +167,8 @@ class TokenizerTask(Task):
         """Drift and churn of the probe images since the epoch before, under the trained weights."""
         device = next(self.tokenizer.parameters()).device
         images = next(self.val_crops.batches(self.config.probe_images)).to(device)
-        self.tokenizer.eval()
         latents = self.tokenizer.latents(images).float()
         indices = self.quantizer.encode(latents)
-        self.tokenizer.train()
         z, z_q = (x.movedim(1, -1) for x in (latents, self.quantizer.decode(indices)))
         return self.probe(z, z_q, indices)
 

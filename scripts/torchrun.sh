@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# All GPUs of one machine:   scripts/torchrun.sh RECIPE RUN [options of steadyvq train]
+# Started again with the same words it continues the run. PROCESSES sets their number (default: one per GPU).
+set -euo pipefail
+if [ $# -lt 2 ]; then
+    echo "usage: scripts/torchrun.sh RECIPE RUN [options of steadyvq train]" >&2
+    exit 2
+fi
+recipe=$1 run=$2
+shift 2
+processes=${PROCESSES:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+if [ "$processes" -lt 1 ]; then
+    processes=1
+fi
+if [ -f "$run/config.yaml" ]; then
+    set -- --resume "$run"
+else
+    set -- "$recipe" --out "$run" "$@"
+fi
+exec torchrun --standalone --nproc_per_node "$processes" -m steadyvq train "$@"

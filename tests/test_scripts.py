@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts for clusters: torchrun's for real, SLURM's with a stand-in for the commands of the cluster."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_recipe
+from runs import log
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+def call(script: str, *arguments: object, cwd: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """Runs a script in a folder."""
+    # The commands of this environment, as in an activated one.
+    path = os.pathsep.join([*filter(None, [variables.pop("first", None)]), str(Path(sys.executable).parent)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables, "PATH": f"{path}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", str(SCRIPTS / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.recovery
+def test_torchrun_trains_and_continues(photos, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe(photos)))
+    first = call("torchrun.sh", "tiny.yaml", "run", "--set", "epochs=2", cwd=tmp_path, PROCESSES="2")
+    assert first.returncode == 0, first.stderr
+    assert "2 processes" in first.stderr
+    (newest,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    newest.unlink()
+    again = call("torchrun.sh", "tiny.yaml", "run", cwd=tmp_path, PROCESSES="2")
+    assert again.returncode == 0, again.stderr
+    assert [row["step"] for row in log(tmp_path / "run") if row["kind"] == "eval"] == [4, 8]
+
+
+@pytest.mark.recovery
+def test_slurm_resolves_its_command_and_queues_itself_again(photos, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe(photos)))
+    (tmp_path / "bin").mkdir()
+    stand_ins = {"srun": 'shift; exec "$@" --dry-run', "scontrol": 'echo "$@" > requeued'}
+    for name, line in stand_ins.items():
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    variables = {"first": str(tmp_path / "bin"), "SLURM_JOB_ID": "17"}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"status": "done"}, indent=2))
+    new = call("slurm.sh", "tiny.yaml", "run", "--set", "epochs=7", cwd=tmp_path, **variables)
+    assert new.returncode == 0, new.stderr
+    assert yaml.safe_load(new.stdout)["epochs"] == 7
+    assert not (tmp_path / "requeued").exists()
+    (tmp_path / "run" / "config.yaml").write_text(new.stdout)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"status": "interrupted"}, indent=2))
+    again = call("slurm.sh", "tiny.yaml", "run", "--set", "epochs=9", cwd=tmp_path, **variables)
+    assert again.returncode == 0, again.stderr
+    assert yaml.safe_load(again.stdout)["epochs"] == 7, "a resumed run keeps its configuration"
+    assert (tmp_path / "requeued").read_text().strip() == "requeue 17"
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh"])
+def test_scripts_say_what_they_need(script, tmp_path):
+    done = call(script, "three_stages", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "usage:" in done.stderr
