@@ -249,7 +249,7 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def batch_coupled(self) -> tuple[str, ...]:
-        """Names of active losses (and `assignment`) that are no means over latents, so that micro-batches do not add up to the batch."""
+        """Active losses (and `assignment`) that are no means over latents: micro-batches do not add up to the batch."""
         return ()
 
     @abstractmethod
