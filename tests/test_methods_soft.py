@@ -325,7 +325,7 @@ class TestBalanced:
 
     def test_micro_batches_are_named_in_the_warning(self):
         vq = small("optvq")
-        assert vq.batch_coupled == ("the assignment",)
+        assert vq.batch_coupled == ("assignment",)
         with pytest.warns(UserWarning, match="the assignment couples all"):
             vq.update([vq(latents()), vq(latents())])
 

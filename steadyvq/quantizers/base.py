@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from steadyvq.quantizers.names import coupling
 from steadyvq.quantizers.noise import Noise
 
 Reduce = Callable[[Tensor], Tensor]
@@ -268,7 +269,7 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def batch_coupled(self) -> tuple[str, ...]:
-        """Names of active losses that are no means over latents, so that micro-batches do not add up to the batch."""
+        """Active losses (and `assignment`) that are no means over latents: micro-batches do not add up to the batch."""
         return ()
 
     @abstractmethod
@@ -323,7 +324,7 @@ class Quantizer(nn.Module, ABC):
         if micro_batches > 1 and self.batch_coupled:
             self._warned_of_partial_statistics = True
             warnings.warn(
-                f"{self.batch_coupled[0]} couples all latents of a batch, so {micro_batches} accumulated "
+                f"{coupling(self.batch_coupled[0])} couples all latents of a batch, so {micro_batches} accumulated "
                 "micro-batches are not the same as one large batch",
                 UserWarning,
                 stacklevel=4,

@@ -144,14 +144,6 @@ def _merge(preset: Mapping[str, Any], override: Any) -> dict[str, Any]:
     return merged
 
 
-def _codebook(value: Any, rows: Tensor, generator: torch.Generator) -> Codebook:
-    """A codebook from its name, from `{name: settings}`, or from a function."""
-    (name, options) = next(iter(value.items())) if isinstance(value, Mapping) else (value, {})
-    make = name if callable(name) else look_up("codebook", name, CODEBOOKS)
-    codes: Codebook = _call(f"codebook {name!r}", partial(make, rows, generator), dict(options))
-    return codes
-
-
 def _function(kind: str, value: Any, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
     """An assignment or estimator from its name, from `{name: settings}`, or itself."""
     if not isinstance(value, Mapping):
@@ -163,6 +155,14 @@ def _function(kind: str, value: Any, known: Mapping[str, Callable[..., Any]]) ->
         raise ValueError(f"{kind} {name!r} was given {options!r}, but it has no such settings: give its name alone")
     made: Callable[..., Any] = _call(f"{kind} {name!r}", type(part), dict(options)) if options else part
     return made
+
+
+def _codebook(value: Any, rows: Tensor, generator: torch.Generator) -> Codebook:
+    """A codebook from its name, from `{name: settings}`, or from a function."""
+    (name, options) = next(iter(value.items())) if isinstance(value, Mapping) else (value, {})
+    make = name if callable(name) else look_up("codebook", name, CODEBOOKS)
+    codes: Codebook = _call(f"codebook {name!r}", partial(make, rows, generator), dict(options))
+    return codes
 
 
 def build_losses(

@@ -137,8 +137,12 @@ class EMA(Maintenance):
         for a in batch.assignments:
             valid = a.counted
             sums.index_add_(0, a.indices[valid], a.z[valid].to(sums))
-        self.counts.lerp_(batch.hits.to(self.counts), 1 - self.decay)
-        self.sums.lerp_(batch.reduce(sums), 1 - self.decay)
+        return self._average(batch, batch.hits, batch.reduce(sums))
+
+    def _average(self, batch: UpdateBatch, hits: Tensor, sums: Tensor) -> dict[str, float]:
+        """Takes hits (K,) and sums (K, d) of all processes into the averages and writes the codes."""
+        self.counts.lerp_(hits.to(self.counts), 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
         rows = self.sums / self._smoothed()[:, None]
         if batch.unit_sphere:
             # The average of a code that is never hit fades to nothing; its direction stays.

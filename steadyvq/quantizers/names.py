@@ -18,6 +18,14 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {kind} {name!r}: known are {', '.join(names) or 'none'}{hint}")
 
 
+ASSIGNMENT = "assignment"
+
+
+def coupling(name: str) -> str:
+    """What a name in `Quantizer.batch_coupled` stands for, in words."""
+    return "the assignment" if name == ASSIGNMENT else f"the loss {name!r}"
+
+
 def look_up(kind: str, name: str, table: Mapping[str, T]) -> T:
     """`table[name]`, or a ValueError that lists the known names and the nearest."""
     if name not in table:

@@ -35,7 +35,7 @@ from steadyvq.quantizers.estimators import ESTIMATORS
 from steadyvq.quantizers.initialise import place
 from steadyvq.quantizers.losses import Loss
 from steadyvq.quantizers.maintenance import Maintenance, UpdateBatch
-from steadyvq.quantizers.names import look_up
+from steadyvq.quantizers.names import ASSIGNMENT, look_up
 from steadyvq.quantizers.noise import Noise, positions
 
 
@@ -132,8 +132,8 @@ class VectorQuantizer(Quantizer):
     @property
     def batch_coupled(self) -> tuple[str, ...]:
         """See `Quantizer.batch_coupled`."""
-        active: dict[str, Any] = {f"the loss {n!r}": loss for n, loss in self.losses.items() if self.weight(n) != 0}
-        active["the assignment"] = self.assign
+        active: dict[str, Any] = {name: loss for name, loss in self.losses.items() if self.weight(name) != 0}
+        active[ASSIGNMENT] = self.assign
         return tuple(name for name, part in active.items() if getattr(part, "batch_coupled", False))
 
     @property

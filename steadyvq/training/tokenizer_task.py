@@ -16,6 +16,7 @@ from steadyvq.metrics import Probe, write_record
 from steadyvq.models import Tokenizer
 from steadyvq.quantizers import Codebook, Quantized, Quantizer, VectorQuantizer, accepts, build_quantizer
 from steadyvq.quantizers.maintenance import ReplaceDead
+from steadyvq.quantizers.names import coupling
 from steadyvq.report import code_map, picture_grid
 from steadyvq.training.average import WeightAverage
 from steadyvq.training.config import RunConfig
@@ -157,7 +158,7 @@ class TokenizerTask(Task):
             self.quantizer.configure(weights=stage.weights)
             for name in self.quantizer.batch_coupled:
                 raise ValueError(
-                    f"micro_batch_size is {self.config.micro_batch_size}, but {name} of this quantizer couples all "
+                    f"micro_batch_size is {self.config.micro_batch_size}, but {coupling(name)} of this quantizer couples all "
                     "latents of a batch, so that micro-batches do not add up to it: leave out micro_batch_size, use more "
                     "processes, or set the weight of that loss to 0"
                 )

@@ -28,7 +28,7 @@ from torch import Tensor
 from steadyvq import kernels
 from steadyvq.kernels import soft
 from steadyvq.quantizers import noise
-from steadyvq.quantizers.base import Quantizer
+from steadyvq.quantizers.base import Quantizer, unit
 from steadyvq.quantizers.codebooks import Codebook, FreeCodebook, FrozenCodebook
 from steadyvq.quantizers.compose import compose
 from steadyvq.quantizers.maintenance import MAINTENANCE, Maintenance, UpdateBatch
@@ -96,7 +96,8 @@ class Anchor(Maintenance):
         moved = (share > NEGLIGIBLE).nonzero()[:, 0]
         if moved.numel():
             codes = batch.codes()[moved]
-            step = share[moved, None].to(codes) * (self._choose(moved, codes, latents, batch.noise) - codes)
+            places = unit(codes) if batch.unit_sphere else codes
+            step = share[moved, None].to(codes) * (self._choose(moved, places, latents, batch.noise) - codes)
             batch.rewrite(moved, moved, step)
         return {"anchored": float(moved.numel())}
 

@@ -149,9 +149,10 @@ class MultiScale(Wrapper):
             if value != 0:
                 look_up("loss of this quantizer", name, self.own_losses)
         others = {n: v for n, v in (weights or {}).items() if n not in OWN_LOSSES}
-        # The codes of a scale get the gradient of the sum that they are part of.
+        # The codes of a scale get the gradient of the sum that they are part of; those of a grid do not move.
+        inner = "direct" if _learns(self.layer(0)) else None
         super().configure(
-            weights={**others, **dict.fromkeys(OWN_LOSSES, 0.0)}, paused=paused, estimator="direct", frozen=frozen
+            weights={**others, **dict.fromkeys(OWN_LOSSES, 0.0)}, paused=paused, estimator=inner, frozen=frozen
         )
 
     def index_shape(self, grid: Sequence[int]) -> tuple[int, ...]:
@@ -225,8 +226,7 @@ class MultiScale(Wrapper):
             for k in range(self.count):
                 out = self.layer(k)(self._down(image - total.detach(), k))
                 # Other quantizers may hand z_q's gradient to the latents, which the terms below detach.
-                learns = isinstance(self.layer(k), VectorQuantizer | Wrapper)
-                total = total + self._up(out.z_q if learns else out.z_q.detach(), k)
+                total = total + self._up(out.z_q if _learns(self.layer(k)) else out.z_q.detach(), k)
                 outs.append(out)
                 sums.append(total.movedim(1, -1))
             rows = sums[-1]
@@ -282,6 +282,11 @@ class MultiScale(Wrapper):
             "trainable": False,
             "losses": dict.fromkeys(OWN_LOSSES),
         }
+
+
+def _learns(layer: Quantizer) -> bool:
+    """Whether a gradient can move the codes."""
+    return _learns(layer.layer(0)) if isinstance(layer, Wrapper) else isinstance(layer, VectorQuantizer)
 
 
 def _nearest_tick(scale: int, scales: int, phis: int) -> int:

@@ -45,10 +45,7 @@ class SoftEMA(EMA):
             )
             mass += soft.column_mass.to(mass)
             sums += soft.column_sum.to(sums)
-        self.counts.lerp_(batch.reduce(mass), 1 - self.decay)
-        self.sums.lerp_(batch.reduce(sums), 1 - self.decay)
-        batch.codes.set_rows_(self.sums / self._smoothed()[:, None])
-        return {}
+        return self._average(batch, batch.reduce(mass), batch.reduce(sums))
 
 
 MAINTENANCE["soft_ema"] = SoftEMA
