@@ -50,8 +50,9 @@ class TestCuts:
         torch.testing.assert_close(whole["table"], pieces["table"], rtol=0, atol=1e-9)
         assert_same(state(path), state(cut_path), 1e-9)
 
-    @pytest.mark.parametrize("method", ["nsvq", "ema", "simvq"])
+    @pytest.mark.parametrize("method", ["nsvq", "ema", "simvq", "gumbel", "diveq"])
     def test_float32_on_fixed_latents(self, runs, cut, method):
+        """Replacement, calibration, and noise: drawn tokens and noisy steps are functions of the position in the batch."""
         maintenance = "{replace: {patience: 2.0, cap: 0.1}}"
         temperature = "{effective_losers: 4}" if method == "nsvq" else "0.35"
         options = f"quantizer.options={{maintenance: {maintenance}, temperature: {temperature}}}"

@@ -56,6 +56,15 @@ def in_one_process(module: nn.Module) -> None:
         quantizer.reduce, quantizer.gather = alone, alone
 
 
+def noise_from(module: nn.Module, position: int) -> None:
+    """Tells every quantizer inside `module` where in the global batch the samples of its next forward begin.
+
+    Noise is a function of that position, so it is the same for every cutting of the batch.
+    """
+    for quantizer in _quantizers(module):
+        quantizer.first_item = position
+
+
 def _quantizers(module: nn.Module) -> list[Quantizer]:
     return [part for part in module.modules() if isinstance(part, Quantizer)]
 

@@ -109,6 +109,10 @@ class VectorQuantizer(Quantizer):
         table: Tensor = self.codes()
         return unit(table) if self.unit_sphere is True else table
 
+    def active_maintenance(self) -> list[Maintenance]:
+        """What `update` does in the present stage, in this order."""
+        return [part for name, part in self.maintenance.items() if name not in self._paused]  # type: ignore[misc]
+
     def weight(self, name: str) -> float:
         """The present weight of a loss: the stage's if it names it, else the one it was built with."""
         return self._weights.get(name, self.losses[name].weight)
@@ -317,9 +321,8 @@ class VectorQuantizer(Quantizer):
             unit_sphere=bool(self.unit_sphere),
         )
         events: dict[str, float] = {}
-        for name, part in self.maintenance.items():
-            if name not in self._paused:
-                events |= part(step)
+        for part in self.active_maintenance():
+            events |= part(step)
         return events
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steadyvq.quantizers.processes import noise_from
 from steadyvq.training.checkpoint import to_device
 from steadyvq.training.processes import Processes
 from steadyvq.training.task import StepOutput, Task
@@ -120,6 +121,7 @@ class GlobalStep:
         with _only_trained({id(p) for group in optimizer.param_groups for p in group["params"]}, self.task):
             for i, batch in enumerate(batches):
                 with self._synchronised(model, last=i == len(batches) - 1):
+                    noise_from(self.task.module, self.shares[i].start)
                     output = self.task.loss(objective, model, batch, earlier[i])
                     weight = (len(self.shares[i]) if output.count is None else output.count) / self._nominal
                     self.processes.fabric.backward(output.loss if _is_one(weight) else output.loss * weight)

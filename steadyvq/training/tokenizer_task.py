@@ -231,7 +231,9 @@ def _relative_error(outputs: Sequence[Quantized], quantizer: Quantizer) -> Tenso
 def _usage(quantizer: Quantizer, counts: Tensor) -> dict[str, Any]:
     """Hits per code on the held-out images and, where replacement counts it, how long each code has gone without one."""
     usage: dict[str, Any] = {"num_codes": quantizer.num_entries, "counts": counts.tolist()}
-    parts = [part for part in quantizer.modules() if isinstance(part, ReplaceDead)]
+    # Where replacement rests, its counts stand still and say nothing of the present.
+    layers = [part for part in quantizer.modules() if isinstance(part, VectorQuantizer)]
+    parts = [part for vq in layers for part in vq.active_maintenance() if isinstance(part, ReplaceDead)]
     idle = [hits for part in parts for hits in (part.idle / part.idle.numel()).tolist()]
     if parts and len(idle) == len(counts):
         usage |= {"idle": idle, "patience": parts[0].patience}
