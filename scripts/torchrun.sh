@@ -17,4 +17,6 @@ if [ -f "$run/config.yaml" ]; then
 else
     set -- "$recipe" --out "$run" "$@"
 fi
+# Time to finish a step and save when the job is told to stop; torchrun's own 30 seconds may be too short.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 exec torchrun --standalone --nproc_per_node "$processes" -m steadyvq train "$@"

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process or several, one batch or its pieces: the same run."""
 
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from conftest import tiny_recipe
 from runs import assert_same, log, start, state, toy, wait
 
 from steadyvq.training.processes import Processes, launched, step_seed
@@ -69,6 +73,17 @@ class TestCuts:
 
 
 @pytest.mark.recovery
+@pytest.mark.parametrize("frozen", ["encoder", "quantizer"])
+def test_a_loss_that_couples_the_batch_sees_all_processes(runs, frozen):
+    """The entropy of the mean assignment, with its gradient; a frozen quantizer computes it all the same."""
+    stages = f"stages=[{{name: only, frozen: [{frozen}]}}]"
+    settings = ("quantizer.name=lfq", "quantizer.num_codes=64", stages)
+    (path, whole), (cut_path, pieces) = runs("masked", "one", *settings), runs("masked", "two", *settings)
+    assert torch.equal(whole["indices"], pieces["indices"])
+    assert_same(state(path), state(cut_path), 1e-6)  # a temperature of 0.01 magnifies the last digits
+
+
+@pytest.mark.recovery
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_a_resumed_run_may_have_another_number_of_processes(runs, photos, tmp_path, before, after):
     whole, _ = runs("masked", "one")
@@ -91,6 +106,45 @@ def test_processes_fail_together(photos, tmp_path):
     """The first one cannot write the log; the others must not wait for it for ever."""
     said = toy("masked", tmp_path / "run", photos, "--harm", "fill_log", 7, processes=2, code=3)
     assert said.count("No space left on device") == 2
+
+
+@pytest.mark.recovery
+def test_an_error_of_one_process_is_told_and_ends_all(photos, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import os\n"
+        "from steadyvq.quantizers import compose\n"
+        "def make(num_codes, dim, **overrides):\n"
+        "    vq = compose(num_codes, dim, {'losses': {'commitment': 0.25, 'codebook': 1.0}}, overrides)\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        vq.register_forward_hook(lambda *_: 1 / 0)\n"
+        "    return vq\n"
+    )
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe(photos)))
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "steadyvq", "train")
+    own = ("--quantizer", f"{tmp_path / 'mine.py'}:make", "--out", tmp_path / "run")
+    (process,) = start(*launch, tmp_path / "tiny.yaml", *own)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert "ZeroDivisionError" in said
+
+
+@pytest.mark.recovery
+def test_two_interrupts_of_one_process_end_all(photos, tmp_path):
+    """In a step of many seconds; what the others do then is the launcher's business, and here nobody launches."""
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(tiny_recipe(photos)))
+    large = ("--set", "batch_size=20000", "--set", "data.epoch_samples=20000")
+    started = start("-m", "steadyvq", "train", tmp_path / "long.yaml", "--out", tmp_path / "run", *large, processes=2)
+    while not (tmp_path / "run" / "log.jsonl").exists():
+        assert all(process.poll() is None for process in started), [p.communicate()[1] for p in started]
+        time.sleep(0.05)
+    time.sleep(1.0)
+    for _ in range(2):
+        started[1].send_signal(signal.SIGINT)
+        time.sleep(1.0)
+    said = started[1].communicate(timeout=60)[1]
+    assert started[1].returncode == 130, said
+    started[0].communicate(timeout=60)
+    assert started[0].returncode != 0
 
 
 @pytest.mark.recovery

@@ -20,7 +20,7 @@ import steadyvq
 from steadyvq.training.average import WeightAverage
 from steadyvq.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from steadyvq.training.config import RunConfig, read_recipe, recipe_names, resolve
-from steadyvq.training.loop import Diverged, Engine
+from steadyvq.training.loop import Diverged, Engine, Interrupted
 from steadyvq.training.run import RunFolder
 from steadyvq.training.stages import Schedule, Stage, Until, nsvq_stages
 from steadyvq.training.tokenizer_task import TokenizerTask
@@ -464,6 +464,54 @@ class TestLoop:
         config = resolve(tiny_recipe(photos, quantizer=quantizer, micro_batch_size=2, stages=off))
         Engine(TokenizerTask(config), RunFolder(tmp_path, config))
 
+    def test_a_stage_whose_loss_reaches_nothing_is_told_in_words(self, photos, tmp_path):
+        stages = [{"name": "a", "frozen": ["encoder", "decoder"], "weights": {"codebook": 0.0, "ns": 0.0}}]
+        config = resolve(tiny_recipe(photos, stages=stages))
+        engine = Engine(TokenizerTask(config), RunFolder.create(tmp_path / "run", config, "test"), quiet=True)
+        with pytest.raises(ValueError, match="the loss of 'tokenizer' reaches no parameter in this stage"):
+            engine.fit()
+
+    def test_no_checkpoint_and_no_best_evaluation_while_steps_are_skipped(self, photos, tmp_path):
+        config = resolve(tiny_recipe(photos, epochs=9, keep_checkpoints=1))
+        task = TokenizerTask(config)
+        run = RunFolder.create(tmp_path / "run", config, "test")
+        engine = Engine(task, run, quiet=True)
+        good = task.batch
+        task.batch = lambda epoch, positions: good(epoch, positions) * (math.nan if engine.step >= 9 else 1.0)
+        with pytest.raises(Diverged, match=r"in 10 steps in a row \(step 19\)"):
+            engine.fit()
+        assert latest_checkpoint(run.checkpoints).stem == "step-00000008"
+        assert json.loads((run.checkpoints / "best.json").read_text())["step"] <= 8
+
+    def test_asked_to_stop_at_the_end_of_an_epoch_it_evaluates_after_the_resume(self, photos, tmp_path):
+        whole = train(photos, tmp_path / "whole")
+        config = resolve(tiny_recipe(photos))
+        task = TokenizerTask(config)
+        run = RunFolder.create(tmp_path / "run", config, "test")
+        good = task.batch
+
+        def batch(epoch: int, positions: range) -> torch.Tensor:
+            if (epoch, positions.start) == (0, 18):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return good(epoch, positions)
+
+        task.batch = batch
+        with pytest.raises(Interrupted):
+            Engine(task, run, quiet=True).fit()
+        assert not rows(run, "eval"), "an evaluation may take longer than a cluster waits"
+        Engine(TokenizerTask(config), run, resume=True, quiet=True).fit()
+        assert rows(run) == rows(whole)
+
+    def test_killed_as_it_began(self, photos, tmp_path):
+        whole = train(photos, tmp_path / "whole")
+        run = RunFolder.create(tmp_path / "run", whole.config, "test")
+        run.log_path.unlink()
+        (run.path / "tokenizer").mkdir()
+        (run.path / "tokenizer" / ".model.17.tmp.safetensors").touch()
+        Engine(TokenizerTask(run.config), run, resume=True, quiet=True).fit()
+        assert rows(run) == rows(whole)
+        assert not list(run.path.rglob(".*.tmp*"))
+
     def test_the_best_checkpoint_is_kept(self, photos, tmp_path):
         # A learning rate that soon spoils what was learned.
         optim = {"lr": 1e-3, "codebook_lr": 1e-3, "ema_decay": 0.0}
@@ -499,10 +547,28 @@ class TestLoop:
         config = resolve(tiny_recipe(photos, init_from=str(first.path / source), seed=5))
         task = TokenizerTask(config)
         engine = Engine(task, RunFolder(tmp_path / "second", config))
-        assert same(dict(task.module.state_dict()), averaged_weights(first.path))
-        assert same(engine.average.shadow, {n: dict(task.module.state_dict())[n] for n in engine.average.shadow})
+        state, weights = dict(task.module.state_dict()), averaged_weights(first.path)
+        counted = [name for name in state if ".maintenance." in name or name.endswith((".updates", ".temperature"))]
+        assert same(*({n: v for n, v in given.items() if n not in counted} for given in (state, weights)))
+        assert state["quantizer.updates"] == 0 < weights["quantizer.updates"]
+        assert same(engine.average.shadow, {n: state[n] for n in engine.average.shadow})
         assert engine.step == 0
         assert not engine.optimizers["tokenizer"].optimizer.state
+
+    def test_init_from_heeds_the_new_settings(self, photos, tmp_path):
+        """An annealed temperature and counts of hits belong to the old run; averages start from the loaded codes."""
+        for name, options in (("nsvq", {"temperature": 5.0}), ("ema", {"maintenance": {"replace": {}}})):
+            quantizer = {"name": name, "num_codes": 32, "dim": 8}
+            first = train(photos, tmp_path / name, quantizer=quantizer)
+            changed = {**quantizer, "options": options}
+            config = resolve(tiny_recipe(photos, init_from=str(first.path), quantizer=changed))
+            task = TokenizerTask(config)
+            Engine(task, RunFolder(tmp_path / "new", config))
+            vq = task.quantizer
+            assert vq.temperature == options.get("temperature", 0.35)
+            assert same({"base": vq.codes.base}, {"base": averaged_weights(first.path)["quantizer.codes.base"]})
+            if name == "ema":
+                assert torch.equal(vq.maintenance["ema"].sums, vq.codes.base)
 
     def test_init_from_says_what_is_wrong(self, photos, tmp_path):
         first = train(photos, tmp_path / "first")

@@ -22,7 +22,7 @@ from torch.optim import Adam
 
 from steadyvq.data import CropDataset, load_collection
 from steadyvq.data.crops import uniforms
-from steadyvq.quantizers import build_quantizer
+from steadyvq.quantizers import VectorQuantizer, build_quantizer
 from steadyvq.training import checkpoint
 from steadyvq.training.config import resolve
 from steadyvq.training.loop import Diverged, Engine, Interrupted
@@ -90,18 +90,20 @@ class Masked(Toy):
 
     def build(self):
         settings = self.config.quantizer
+        options = {} if settings.name == "lfq" else settings.options  # a fixed grid has nothing to maintain
         quantizer = build_quantizer(
-            settings.name, num_codes=settings.num_codes, dim=settings.dim, seed=self.config.seed, **settings.options
+            settings.name, num_codes=settings.num_codes, dim=settings.dim, seed=self.config.seed, **options
         )
         self.records = {"indices": [], "table": [], "replaced": []}
         self.quantizer = quantizer
-        forget = quantizer.codes.forget_rows
+        if isinstance(quantizer, VectorQuantizer):
+            forget = quantizer.codes.forget_rows
 
-        def note(rows, *rest):
-            self.replaced[rows] += 1
-            forget(rows, *rest)
+            def note(rows, *rest):
+                self.replaced[rows] += 1
+                forget(rows, *rest)
 
-        quantizer.codes.forget_rows = note
+            quantizer.codes.forget_rows = note
         return Autoencoder(quantizer).to(self.dtype)
 
     def batch(self, epoch, positions):
@@ -116,13 +118,15 @@ class Masked(Toy):
     @torch.no_grad()
     def prepare(self):
         patches, mask = self.batch(0, range(2 * self.config.batch_size))
+        if not self.quantizer.places_codes:
+            return
         latents = self.module.encoder(patches)
         self.quantizer.init_from(latents, mask, method="kmeans", seed=self.config.seed)
 
     def loss(self, objective, model, batch, earlier):
         patches, mask = batch
         guess, out = model(patches, mask)
-        error = ((guess - patches).square().mean(-1) * mask).sum() / mask.sum()
+        error = ((guess - patches).square().mean(-1) * mask).sum() / mask.sum().clamp_min(1)
         total = error + out.loss
         logs = {"loss": total, "loss/reconstruction": error, **{f"loss/{k}": v for k, v in out.losses.items()}}
         return StepOutput(total, {name: value.detach() for name, value in logs.items()}, out, count=out.num_valid)

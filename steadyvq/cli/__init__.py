@@ -12,6 +12,7 @@ Only the parser is imported here: torch is loaded by the command that needs it, 
 import argparse
 import difflib
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -146,8 +147,12 @@ def _guarded(arguments: argparse.Namespace) -> int:
         return INTERRUPTED
     except Exception as error:
         code = _told_elsewhere(error)
-        if code is None:
+        if code is None and "torch.distributed" not in sys.modules:
             raise
+        if code is None:
+            # The interpreter's own end might hang in a process that belongs to a group; `leave` skips it.
+            traceback.print_exc()
+            return 1
         return code
 
 

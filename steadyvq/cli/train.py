@@ -105,16 +105,21 @@ def _fit(task: TokenizerTask, run: RunFolder, processes: Processes, *, resume: b
         f"{run.config.title}: {parameters / 1e6:.2f} M parameters, {engine.total_steps} steps of "
         f"{run.config.batch_size} images{_cut(engine)}, configuration {run.config.hash()}"
     )
+    code = 0
     try:
         engine.fit()
     except Diverged as error:
         tell(f"steadyvq train: {error}")
-        return FAILED
+        code = FAILED
     except Interrupted as stop:
         tell(f"{stop}\nresume with: steadyvq train --resume {shlex.quote(str(run.path))}")
-        return INTERRUPTED if stop.signal == signal.SIGINT else 0
-    finally:
+        code = INTERRUPTED if stop.signal == signal.SIGINT else 0
         processes.close()
+        return code
+    # All processes get here together; an error of one alone must reach the launcher without waiting for the others.
+    processes.close()
+    if code:
+        return code
     if not processes.is_first:
         return 0
     page = write_report([run.path], run.path / "report.html")

@@ -12,14 +12,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from steadyvq.files import write_atomically
 
-FORMAT = "steadyvq-checkpoint-1"
+FORMAT = "steadyvq-checkpoint-2"
 _TENSOR = "__tensor__"
 
 
@@ -116,17 +115,6 @@ def prune_checkpoints(folder: Path, keep: int, kept: Collection[Path] = ()) -> N
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes files that a killed process had begun to write."""
-    for path in folder.glob(".step-*.tmp.safetensors"):
+    """Deletes files that a killed process had begun to write, in a run folder and below."""
+    for path in folder.rglob(".*.tmp*"):
         path.unlink()
-
-
-def to_device(state: Any, device: torch.device) -> Any:
-    """The same nested state with its tensors on a device."""
-    if isinstance(state, Tensor):
-        return state.to(device)
-    if isinstance(state, dict):
-        return {key: to_device(value, device) for key, value in state.items()}
-    if isinstance(state, list):
-        return [to_device(value, device) for value in state]
-    return state

@@ -136,7 +136,8 @@ class RunConfig:
         epochs: Length of the run.
         batch_size: Images per optimiser step, over all processes.
         micro_batch_size: Most images that one process handles at once (None: its whole share of the batch); gradients
-            are added up until the batch is complete. The result is the same but for rounding.
+            are added up until the batch is complete. The result is the same but for rounding. One more where the batch
+            does not divide among the processes.
         init_from: A run folder, a checkpoint or a saved tokenizer whose weights training starts from.
         seed: Of everything random.
         precision: `32-true` or `bf16-mixed`.

@@ -103,7 +103,7 @@ class Engine:
                 group["initial_lr"] = group["lr"]
         self.average = WeightAverage(task.module, optim.ema_decay)
         self.window, self.epoch_means = Means(), Means()
-        self.step, self.seconds, self.broken = 0, 0.0, 0
+        self.step, self.seconds, self.broken, self.ended = 0, 0.0, 0, 0
         self.best: dict[str, Any] | None = None
         self._note = ""
         self.models: dict[str, Any] = {}
@@ -126,13 +126,18 @@ class Engine:
                 raise unknown(
                     f"metric for the plateau of stage {stage.name!r}", stage.until.plateau, self.task.watchable
                 )
+            parts = self.task.parts()
+            left = [module for name, modules in parts.items() if name not in stage.frozen for module in modules]
+            if not any(p.requires_grad for module in left for p in module.parameters()):
+                raise ValueError(f"stage {stage.name!r} freezes everything there is: leave a part to train")
         if len(self.stepper.shares) > 1:
             self.task.check_accumulation()
 
     def _continue_folder(self, *, begun: bool) -> None:
         # Without a checkpoint the run begins anew: it was stopped before its first.
         self.run.truncate_log(self.step if begun else -1)
-        remove_leftovers(self.run.checkpoints)
+        remove_leftovers(self.run.path)
+        self._point_to_best()
         self.run.write_info(status="running")
 
     @property
@@ -158,15 +163,16 @@ class Engine:
                 StopRequest() as stop,
                 ProgressReport(label, self.total_steps, self.step, quiet=self.quiet) as progress,
             ):
+                self._end_epoch_if_due(progress)
                 while self.step < self.total_steps:
                     asked = self._train_step(stop)
                     self.seconds = time.monotonic() - started
                     self._log_window()
-                    if self.step % self.config.steps_per_epoch == 0:
-                        self._end_epoch(progress)
                     progress.advance(self._note)
                     if asked is not None:
+                        # Before an evaluation, which may take longer than a cluster grants; a resume begins with it.
                         self._interrupt(asked)
+                    self._end_epoch_if_due(progress)
         except (Diverged, OSError, FailedElsewhere):
             self._mark_failed()
             raise
@@ -207,12 +213,15 @@ class Engine:
         return requested(asked)
 
     def _skip(self) -> None:
-        """A step whose loss or gradient is not finite changes nothing and is counted."""
+        """A step whose loss or gradient is not finite changes nothing and is counted.
+
+        Of several objectives, those before the broken one have stepped.
+        """
         self.broken += 1
         self.window.count("skipped")
         if self.broken == BROKEN_STEPS:
             raise Diverged(
-                f"latents, loss or gradients were not finite in {BROKEN_STEPS} steps in a row (step {self.step}): lower "
+                f"latents, loss or gradients were not finite in {BROKEN_STEPS} steps in a row (step {self.step + 1}): lower "
                 f"optim.lr or optim.codebook_lr; the last checkpoint in {self.run.checkpoints} is kept"
             )
 
@@ -226,8 +235,6 @@ class Engine:
         self.models = {}
         trained = {name: self.task.trained(name) for name in self.task.objectives}
         self._active = {n: module for n, module in trained.items() if any(p.requires_grad for p in module.parameters())}
-        if not self._active:
-            raise ValueError(f"stage {self.schedule.stage.name!r} freezes everything there is: leave a part to train")
 
     def _trained(self) -> list[str]:
         """Names of the parts that the present stage trains."""
@@ -251,13 +258,18 @@ class Engine:
     def _log_stage(self) -> None:
         self.run.log("stage", **self._where(), stage=self.schedule.stage.name, reason=self.schedule.reason)
 
-    def _end_epoch(self, progress: ProgressReport) -> None:
-        done = self.step // self.config.steps_per_epoch
+    def _end_epoch_if_due(self, progress: ProgressReport) -> None:
+        done, rest = divmod(self.step, self.config.steps_per_epoch)
+        if rest == 0 and done > self.ended:
+            self.ended = done
+            self._end_epoch(done, progress)
+
+    def _end_epoch(self, done: int, progress: ProgressReport) -> None:
         means = self.epoch_means.read()
         self.epoch_means.reset()
+        watched = {name.rpartition("/")[2]: value for name, value in means.items()}
         # An epoch whose steps were all skipped has no means, and has not improved on anything.
-        watched = dict.fromkeys(self.task.watchable, math.inf)
-        watched |= {name.rpartition("/")[2]: value for name, value in means.items()}
+        watched = watched or dict.fromkeys(self.task.watchable, math.inf)
         last = done == self.config.epochs
         evaluate = done % self.config.eval_every == 0 or last
         improved = self._measure(done, watched, progress, evaluate=evaluate)
@@ -267,7 +279,8 @@ class Engine:
             self.processes.first(self._log_stage)
             stage, trained = self.schedule.stage, ", ".join(self._trained())
             progress.say(f"step {self.step}: stage {stage.name} ({self.schedule.reason}) trains {trained}")
-        if done % self.config.checkpoint_every == 0 or last or improved:
+        # While steps are being skipped the weights are suspect: what was saved before must stay the newest.
+        if ((done % self.config.checkpoint_every == 0 or improved) and not self.broken) or last:
             self.save()
 
     def _measure(self, done: int, watched: Mapping[str, float], progress: ProgressReport, *, evaluate: bool) -> bool:
@@ -304,10 +317,12 @@ class Engine:
         return best
 
     def _better(self, values: Mapping[str, float]) -> dict[str, Any] | None:
-        if self.task.best is None:
+        if self.task.best is None or self.broken:
             return None
         metric, mode = self.task.best
         value = values[metric]
+        if not math.isfinite(value):
+            return None
         sign = 1 if mode == "max" else -1
         if self.best is not None and not sign * value > sign * self.best["value"]:
             return None
@@ -320,17 +335,22 @@ class Engine:
         def write() -> None:
             save_checkpoint(path, self._state())
             kept = set() if self.best is None else {checkpoint_path(self.run.checkpoints, self.best["step"])}
-            if self.best is not None:
-                write_text(self.run.checkpoints / "best.json", json.dumps(self.best) + "\n")
-            prune_checkpoints(self.run.checkpoints, self.config.keep_checkpoints, kept)
+            self._point_to_best()
+            if not self.broken:
+                prune_checkpoints(self.run.checkpoints, self.config.keep_checkpoints, kept)
 
         self.processes.first(write)
         return path
+
+    def _point_to_best(self) -> None:
+        if self.best is not None:
+            write_text(self.run.checkpoints / "best.json", json.dumps(self.best) + "\n")
 
     def _state(self) -> dict[str, Any]:
         return {
             "config": self.config.to_dict(),
             "step": self.step,
+            "ended": self.ended,
             "broken": self.broken,
             "seconds": self.seconds,
             "best": self.best,
@@ -358,7 +378,7 @@ class Engine:
             target = getattr(self, part)
             target.load_state_dict(state[part])
         self.step, self.seconds, self.broken = state["step"], state["seconds"], state["broken"]
-        self.best = state.get("best")
+        self.best, self.ended = state["best"], state["ended"]
 
     def _interrupt(self, signal_number: int) -> None:
         path = self.save()

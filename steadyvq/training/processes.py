@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -71,7 +72,12 @@ class Processes:
         if self.count > 1:
             options = {"strategy": DDPStrategy(timeout=PATIENCE), "num_nodes": nodes}
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-        self.fabric = Fabric(accelerator="auto", devices=devices, precision=precision, **options)
+        try:
+            self.fabric = Fabric(accelerator="auto", devices=devices, precision=precision, **options)
+        except MisconfigurationException as error:
+            raise ValueError(
+                f"{devices} processes on this machine do not fit its devices ({error}): start as many as it has GPUs"
+            ) from error
         self.fabric.launch()
         self.rank = self.fabric.global_rank
 

@@ -105,7 +105,9 @@ class RunFolder:
     def truncate_log(self, step: int) -> None:
         """Drops the rows after a step, so that a resumed run writes them once."""
         kept = []
-        for line in self.log_path.read_text().splitlines():
+        # A run that was killed as it began has no log yet.
+        text = self.log_path.read_text() if self.log_path.exists() else ""
+        for line in text.splitlines():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:

@@ -181,7 +181,7 @@ class Schedule:
         value = metrics[until.plateau]
         if self._epochs <= until.min_epochs:
             return None
-        if value < self._best * (1 - until.min_delta):
+        if value < self._best - until.min_delta * (abs(self._best) if math.isfinite(self._best) else 0.0):
             self._best, self._stale = value, 0
         else:
             self._stale += 1

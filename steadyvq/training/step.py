@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from steadyvq.quantizers.processes import noise_from
-from steadyvq.training.checkpoint import to_device
 from steadyvq.training.processes import Processes
 from steadyvq.training.task import StepOutput, Task
 
@@ -67,7 +67,8 @@ class GlobalStep:
         """The micro-batches of this process in global batch number `index` of an epoch."""
         start, device = index * self.batch_size, self.processes.fabric.device
         positions = [range(start + share.start, start + share.stop) for share in self.shares]
-        return [to_device(self.task.batch(epoch, own), device) for own in positions]
+        batches = [self.task.batch(epoch, own) for own in positions]
+        return [_pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch) for batch in batches]
 
     def wrap(self, modules: Mapping[str, nn.Module], batch: Any) -> dict[str, Any]:
         """The wrappers of the modules that the objectives train in this stage.
@@ -88,7 +89,8 @@ class GlobalStep:
                 earlier[name] = self.task.loss(name, module, batch, earlier)
                 self.processes.fabric.backward(earlier[name].loss)
             missing = torch.tensor([float(sum(p.grad is None for p in wanted))], device=self.processes.fabric.device)
-            wrapped[name] = self.processes.wrap(module, all_used=not bool(self.processes.sum(missing)))
+            used = self.task.always_used and not bool(self.processes.sum(missing))
+            wrapped[name] = self.processes.wrap(module, all_used=used)
         for parameter in self.task.module.parameters():
             parameter.grad = None
         with torch.no_grad():
@@ -123,6 +125,11 @@ class GlobalStep:
                 with self._synchronised(model, last=i == len(batches) - 1):
                     noise_from(self.task.module, self.shares[i].start)
                     output = self.task.loss(objective, model, batch, earlier[i])
+                    if not output.loss.requires_grad:
+                        raise ValueError(
+                            f"the loss of {objective!r} reaches no parameter in this stage: leave something unfrozen that it "
+                            "trains, or give a loss weight other than 0"
+                        )
                     weight = (len(self.shares[i]) if output.count is None else output.count) / self._nominal
                     self.processes.fabric.backward(output.loss if _is_one(weight) else output.loss * weight)
                 output.loss = output.loss.detach()

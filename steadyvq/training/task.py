@@ -26,6 +26,7 @@ class StepOutput:
         extra: What the task wants back in `after_step` and in later objectives of the same step.
         count: Number of items the means are over (None: the samples of the micro-batch). The step's loss is the mean
             over the items of all micro-batches and processes, so masked latents or padded tokens need their number here.
+            Where it is 0, loss and gradient must be finite all the same (clamp a denominator of your own).
         finite: 0-d bool, False where something broke that the loss does not show; the step is then skipped.
     """
 
@@ -43,12 +44,15 @@ class Task(ABC):
         module: Everything that is trained or saved.
         objectives: Names of the objectives, in the order in which one step optimises them.
         watchable: Names of the epoch means that the plateau of a stage may watch.
+        always_used: Every parameter that a stage trains gets a gradient in every step. False where some get one in some
+            steps only; several processes then look for them at each step, which takes time.
         best: The metric of `validate` whose best checkpoint is kept, and which end is best; None: no such metric.
     """
 
     module: nn.Module
     objectives: tuple[str, ...]
     watchable: frozenset[str]
+    always_used: bool = True
     best: tuple[str, Literal["max", "min"]] | None = None
 
     @abstractmethod

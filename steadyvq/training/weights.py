@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starting from the weights of an earlier run, and from nothing else of it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from steadyvq.models.tokenizer import WEIGHTS_FILE, check_fit, read_weights
+from steadyvq.quantizers import VectorQuantizer
+from steadyvq.quantizers.maintenance import Maintenance
 from steadyvq.training.checkpoint import latest_checkpoint, load_checkpoint
 
 
 @torch.no_grad()
 def load_weights(module: nn.Module, source: Path) -> None:
     """Copies the averaged weights, which are those that were evaluated, into a module.
+
+    What a quantizer's bookkeeping has counted and annealed (averages, idle codes, temperature, number of updates) starts
+    as in a new run, from the loaded codes.
 
     Args:
         module: Of the same architecture and quantizer.
@@ -21,9 +27,24 @@ def load_weights(module: nn.Module, source: Path) -> None:
     Raises:
         ValueError: There are no weights, or they do not fit.
     """
-    state = averaged_weights(source)
-    check_fit(module.state_dict(), state, source)
-    module.load_state_dict(state)
+    own = set(_bookkeeping(module))
+    state = {name: value for name, value in averaged_weights(source).items() if name not in own}
+    fresh = module.state_dict()
+    check_fit({name: value for name, value in fresh.items() if name not in own}, state, source)
+    module.load_state_dict({**{name: fresh[name].clone() for name in own}, **state})
+    for quantizer in (part for part in module.modules() if isinstance(part, VectorQuantizer)):
+        table = quantizer.codebook()
+        for part in quantizer.maintenance.children():
+            if isinstance(part, Maintenance):
+                part.rows_set(table)
+
+
+def _bookkeeping(module: nn.Module) -> Iterator[str]:
+    """Names of the state that belongs to a run and not to its weights."""
+    for prefix, part in module.named_modules():
+        if isinstance(part, VectorQuantizer):
+            names = ["temperature", "updates", *(f"maintenance.{name}" for name in part.maintenance.state_dict())]
+            yield from (f"{prefix}.{name}" if prefix else name for name in names)
 
 
 def averaged_weights(source: Path) -> dict[str, Tensor]:
