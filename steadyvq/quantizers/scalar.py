@@ -141,7 +141,7 @@ class ScalarQuantizer(AssigningQuantizer):
             temperature=self.temperature,
             row_weight=weight,
             # Evaluation may run in one process alone, so it must not wait for the others.
-            reduce=self.reduce if self.training or torch.is_grad_enabled() else alone,
+            reduce=self.reduce if self.training else alone,
         )
 
     def _digits(self, z: Tensor) -> Tensor:

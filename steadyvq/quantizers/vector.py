@@ -178,7 +178,7 @@ class VectorQuantizer(Quantizer):
         if self.unit_sphere:
             z = unit(z)
         # Evaluation may run in one process alone, so it must not wait for the others.
-        reduce = self.reduce if self.training or torch.is_grad_enabled() else alone
+        reduce = self.reduce if self.training else alone
         noise = Noise.at(self.seed, self.updates, self._positions(latents))
         setting = Setting(self.training, self.temperature, noise, weight, reduce)
         extra = (setting,) if getattr(self.assign, "informed", False) else ()

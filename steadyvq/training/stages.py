@@ -203,8 +203,9 @@ class Schedule:
                 trainable = self._trainable.setdefault(id(parameter), parameter.requires_grad)
                 parameter.requires_grad_(trainable and name not in self.stage.frozen)
             for module in modules:
-                # Running statistics and dropout of a frozen part would change what it computes.
-                module.train(name not in self.stage.frozen)
+                # Running statistics and dropout of a frozen part would change what it computes. A frozen quantizer goes on
+                # seeing the batch of all processes, as in training; `configure` rests what could move it.
+                module.train(name not in self.stage.frozen or isinstance(module, Quantizer))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next decision depends on."""
