@@ -86,10 +86,12 @@ def test_gradients_are_those_of_the_softmax_on_the_ball(c, tau):
 
 
 def test_losses_and_their_weights():
-    vq, z = small(), latents()
+    vq, z = small(), latents().requires_grad_()
     out = vq(z)
-    error = (z - vq.codebook()[out.indices]).square().mean()
-    torch.testing.assert_close(out.loss, 1.25 * error)
+    error = z.detach() - vq.codebook()[out.indices]
+    torch.testing.assert_close(out.loss, 1.25 * error.square().mean())
+    (grad,) = torch.autograd.grad(out.loss, z)
+    torch.testing.assert_close(grad, 0.25 * 2 * error / error.numel())
 
 
 def test_blocks_of_latents_give_the_same_gradient():

@@ -13,14 +13,14 @@ be computed, nor clipped to the inside of the ball. See `steadyvq.kernels.hyperb
 
 Source: Goswami et al., arXiv 2403.13015 (TMLR 2025), from public notes on the paper; there is no official code. v_j is the
 hyperbolic logistic regression of Hyperbolic Neural Networks++ (Shimizu et al., arXiv 2006.08210).
-Reconstructed, and ours: all |a_j| are 1 and r_j >= 0, where the paper trains a_j and r_j freely. So a code is r_j a^_j, and latent
-and table alone make the choice: asinh is monotonous, so q is the largest tanh(s) <z^, a^_j> cosh(t_j) - sinh(t_j), an exact
-inner-product search, and tau = 1 stands for 1 / |a_j|. Also ours: c = 1, the softmax as the estimator of the gradient, the terms
+Reconstructed, and ours: all |a_j| are 1 and r_j >= 0, where the paper trains a_j and r_j freely. So a code is r_j a^_j, and
+latent and table alone make the choice: asinh is monotonous, so q is the largest tanh(s) <z^, a^_j> cosh(t_j) - sinh(t_j), an
+exact inner-product search, and tau = 1 stands for 1 / |a_j|. Also ours: c = 1, the softmax as the estimator, the terms
 commitment and codebook (0.25 and 1), the start N(0, 1/d).
 
-What to know: tokens are not nearest codes. Of two codes in one direction the nearer to the origin always wins, as its hyperplane
-is nearer, and where 2 sqrt(c) r is large and radii differ much the shortest codes win everything: r_j is a threshold as well
-as a length. A latent at 0 gets the shortest code.
+What to know: tokens are not nearest codes. Of two codes in one direction the nearer to the origin always wins, as its
+hyperplane is nearer, and where 2 sqrt(c) r is large and radii differ much the shortest codes win everything: r_j is a
+threshold as well as a length. A latent at 0 gets the shortest code.
 """
 
 from __future__ import annotations
