@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Side by side with vector-quantize-pytorch: same weights and inputs, so same tokens, vectors, gradients, or a known reason."""
 
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 import vector_quantize_pytorch as package
@@ -9,6 +12,7 @@ from torch import Tensor
 
 import steadyvq
 from steadyvq.interop import from_vector_quantize_pytorch as load
+from steadyvq.interop import vector_quantize_pytorch as interop
 
 B, N, D, K = 3, 20, 8, 32
 
@@ -198,6 +202,18 @@ def test_arguments_without_a_counterpart_are_refused(kind, options, message):
     state = theirs("VectorQuantize", dim=D, codebook_size=K).state_dict()
     with pytest.raises(ValueError, match=message):
         load({} if kind == "ResidualVQ" else state, kind=kind, **options)
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "vector-quantize-pytorch.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["VectorQuantize", "ResidualVQ", "SimVQ", "FSQ", "LFQ"])
+def test_every_argument_of_the_package_is_known_and_on_the_page(kind):
+    arguments = set(inspect.signature(getattr(package, kind)).parameters) - {"vq_kwargs"}
+    for name in arguments:
+        mapped = name in interop._KNOWN[kind] or name in interop._REFUSED or name in interop._WITHOUT_EFFECT
+        assert mapped, f"{name} of {kind} is new: map it or say why not"
+        assert f"`{name}`" in PAGE, f"{name} of {kind} is not on the page"
 
 
 def test_overrides_come_last_and_the_result_is_a_plain_quantizer_of_ours():

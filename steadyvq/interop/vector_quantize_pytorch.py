@@ -58,6 +58,9 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "commitment_use_cross_entropy_loss": (False, "no loss here is the cross entropy of distances"),
     "sync_update_v": (0.0, "it is estimator='synced' in overrides"),
     "in_place_codebook_optimizer": (None, "a forward here steps no optimiser"),
+    "freeze_codebook": (False, "bake() the result, or freeze it in a stage"),
+    "route_gradients_to_input": (True, "it is estimator='direct' in overrides"),
+    "straight_through_activation": (None, "an activation of the latents is a layer of your model"),
     "layernorm_after_project_in": (False, "projections are layers of your model"),
     "implicit_neural_codebook": (False, "no codebook here depends on the layers before it (QINCo)"),
     "diveq": (False, "`residual` with inner='diveq' is the nearest to it"),
@@ -81,6 +84,41 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "cosine_sim_project_in": (False, "projections are layers of your model"),
 }
 """Arguments that do not map: their default, and what to do instead."""
+
+_WITHOUT_EFFECT = frozenset(
+    [
+        "affine_param_batch_decay",
+        "affine_param_codebook_decay",
+        "allowed_dtypes",
+        "beam_score_quantizer_weights",
+        "codebook_dim",
+        "codebook_diversity_temperature",
+        "cosine_sim_project_in_scale",
+        "directional_reparam_variance",
+        "entropy_loss_offset",
+        "eval_beam_size",
+        "force_quantization_f32",
+        "frozen_codebook_dim",
+        "has_projections",
+        "init_fn",
+        "keep_num_codebooks_dim",
+        "kmeans_init",
+        "kmeans_iters",
+        "manual_ema_update",
+        "manual_in_place_optimizer_update",
+        "mlp_kwargs",
+        "orthogonal_reg_active_codes_only",
+        "orthogonal_reg_max_codes",
+        "projection_has_bias",
+        "return_indices",
+        "return_zeros_for_masked_padding",
+        "sample_codebook_temp",
+        "sync_affine_param",
+        "sync_codebook",
+        "sync_kmeans",
+    ]
+)
+"""Arguments that change nothing of loaded weights, or belong to an argument or a weight that is refused by itself."""
 
 _KNOWN: dict[str, dict[str, Any]] = {
     "VectorQuantize": {**_SHARED, **_LAYOUT, **_TABLE},
@@ -131,12 +169,12 @@ def from_vector_quantize_pytorch(state_dict: State, *, kind: str, **options: Any
 def _read(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
     known = _KNOWN[kind]
     for name, value in options.items():
-        if name in known:
+        if name in known or name in _WITHOUT_EFFECT:
             continue
         default, instead = look_up(f"argument of {kind}", name, {**dict.fromkeys(known, (None, "")), **_REFUSED})
         if value != default:
             raise ValueError(f"{name}={value!r} of {kind} has no counterpart here: {instead}")
-    return {**known, **options}
+    return {**known, **{name: value for name, value in options.items() if name in known}}
 
 
 def _axis(given: Mapping[str, Any]) -> int:
