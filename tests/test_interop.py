@@ -87,7 +87,7 @@ def test_images_and_evaluation():
 
 
 def test_a_learnable_table_gets_the_same_gradient():
-    options = {"learnable_codebook": True, "ema_update": False, "rotation_trick": False}
+    options = {"learnable_codebook": True, "ema_update": False, "rotation_trick": False, "commitment_weight": 0.4}
     layer = package.VectorQuantize(dim=D, codebook_size=K, **options)
     with torch.no_grad():
         layer._codebook.embed.copy_(normal(1, K, D, seed=4))
