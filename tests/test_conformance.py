@@ -20,6 +20,7 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("ema", "test_direct_gradient_goes_to_the_code"): "no gradient reaches a codebook of averages",
     ("soft_em", "test_direct_gradient_goes_to_the_code"): "no gradient reaches a codebook of averages",
     ("ibq", "test_index_is_the_nearest_row_of_the_codebook"): "takes the largest inner product, by definition",
+    ("hypervq", "test_index_is_the_nearest_row_of_the_codebook"): "takes the farthest hyperplane, by definition",
     ("optvq", "test_accumulated_micro_batches_equal_the_large_batch"): "the batch is assigned as a whole",
     ("rotation", "test_straight_through_gradient"): "its gradient is rotated",
     ("nsvq_kernel", "test_straight_through_gradient"): "the code has a part of the gradient of z_q in its carrier",

@@ -15,6 +15,7 @@ ALLOWED = {
     "kernels": set(),
     "quantizers": {"kernels"},
     "models": {"quantizers"},
+    "interop": {"quantizers"},
     "data": set(),
     "metrics": set(),
     "report": set(),
@@ -23,8 +24,8 @@ ALLOWED = {
     "cli": {"kernels", "quantizers", "models", "data", "metrics", "report", "training", "experiments"},
     "recipes": set(),
 }
-LIBRARY = ("kernels", "quantizers", "models")
-THIRD_PARTY = {"kernels": {"torch"}, "quantizers": {"torch"}, "models": {"torch", "safetensors"}}
+LIBRARY = ("kernels", "quantizers", "models", "interop")
+THIRD_PARTY = {"kernels": {"torch"}, "quantizers": {"torch"}, "models": {"torch", "safetensors"}, "interop": {"torch"}}
 
 
 def imports(file: Path) -> set[str]:

@@ -38,6 +38,14 @@ def listing(arguments: argparse.Namespace) -> int:
         return 0
     from steadyvq.quantizers import methods
 
-    table([{"name": m.name, "paper": m.paper, "what it is": m.summary} for m in methods().values()])
+    rows = [
+        {"name": m.name, "status": m.status, "what it is": m.summary, "cost": m.cost, "paper": m.paper}
+        for m in methods().values()
+    ]
+    table(rows)
+    print(
+        "status: published, as its paper or official code; reconstructed, the text leaves choices open; variant, another form"
+    )
+    print("cost: of a training forward on N latents and K codes of dimension d; stores: beyond the table of codes")
     print("nsvq here is non-stationary VQ (arXiv 2606.11363), not the PyPI package nsvq (noise substitution, 2022)")
     return 0

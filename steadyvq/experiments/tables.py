@@ -32,8 +32,9 @@ def _numeric(column: tuple[str, ...]) -> bool:
 
 
 def method_table() -> str:
-    """Every registered method: name, what it is, paper."""
-    return markdown(["name", "what it is", "paper"], [[f"`{m.name}`", m.summary, m.paper] for m in methods().values()])
+    """Every registered method: name, what it is, paper, status."""
+    rows = [[f"`{m.name}`", m.summary, m.paper, m.status] for m in methods().values()]
+    return markdown(["name", "what it is", "paper", "status"], rows)
 
 
 def evidence(name: str) -> dict[str, Any]:

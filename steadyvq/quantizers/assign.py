@@ -7,6 +7,7 @@ One that does something else in training names what it does in evaluation as `ev
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -56,3 +57,14 @@ def evaluated(assign: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     name: str | None = getattr(assign, "evaluates_as", None)
     found: Callable[..., tuple[Tensor, Tensor]] = assign if name is None else ASSIGNMENTS[name]
     return found
+
+
+def described(assign: Any) -> str | dict[str, Any] | None:
+    """An assignment as plain data, as `compose` takes it; None for a function of somebody's own."""
+    registered: dict[str, Any] = dict(ASSIGNMENTS)
+    for name, known in registered.items():
+        if known is assign:
+            return name
+        if dataclasses.is_dataclass(known) and type(known) is type(assign):
+            return {name: {field.name: getattr(assign, field.name) for field in dataclasses.fields(known)}}
+    return None

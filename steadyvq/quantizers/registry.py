@@ -32,6 +32,8 @@ class Method:
         build: `(num_codes, dim, **overrides) -> Quantizer`.
         paper: Where its equations come from.
         summary: One line for tables.
+        cost: Operations of a training forward, big-O in N latents, K codes of dimension d, without encoder and decoder; then
+            what the layer stores beyond its one table of codes. Not needed by what is not listed.
         listed: Whether it is a method of its own (what `bake()` returns is none).
         status: `published` (as the paper or its official code has it), `reconstructed` (the public text does not fix every
             choice), or `variant` (ours, or a published idea in another form).
@@ -42,6 +44,7 @@ class Method:
     build: Builder
     paper: str
     summary: str
+    cost: str = ""
     listed: bool = True
     status: Status = "published"
     example: tuple[int, int] = (24, 6)
@@ -59,6 +62,7 @@ def register(
     *,
     paper: str,
     summary: str,
+    cost: str = "",
     listed: bool = True,
     status: Status = "published",
     example: tuple[int, int] = (24, 6),
@@ -68,7 +72,9 @@ def register(
     def add(build: Builder) -> Builder:
         if name in _METHODS:
             raise ValueError(f"a method named {name!r} is registered already")
-        _METHODS[name] = Method(name, build, paper, summary, listed, status, example)
+        if listed and not cost:
+            raise ValueError(f"method {name!r} has no cost: say what its forward takes, such as cost='N K d; stores K'")
+        _METHODS[name] = Method(name, build, paper, summary, cost, listed, status, example)
         return build
 
     return add

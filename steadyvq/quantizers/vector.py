@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from steadyvq.quantizers.assign import ASSIGNMENTS, Setting, evaluated
+from steadyvq.quantizers.assign import ASSIGNMENTS, Setting, described, evaluated
 from steadyvq.quantizers.base import (
     Assignment,
     Quantized,
@@ -277,7 +277,7 @@ class VectorQuantizer(Quantizer):
             **({"unit_sphere": "latents"} if self.unit_sphere else {}),
         }
         if assign is not ASSIGNMENTS["l2"]:
-            baked.spec["assign"] = next((name for name, known in ASSIGNMENTS.items() if known is assign), None)
+            baked.spec["assign"] = described(assign)
         return baked.to(self.codes.base.device).train(self.training)
 
     def _update(

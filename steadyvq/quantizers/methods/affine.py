@@ -102,6 +102,7 @@ CODEBOOKS["affine"] = AffineCodebook
     "affine",
     paper="Straightening Out the STE, arXiv 2305.08842",
     summary="all codes share a scale and a shift; codes get a part of the decoder's gradient",
+    cost="N K d; stores d",
 )
 def affine(num_codes: int, dim: int, *, rate: float = 10.0, **overrides: Any) -> Quantizer:
     """VQ with affine codes and the synchronised update of vqtorch."""

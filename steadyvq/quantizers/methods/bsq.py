@@ -56,6 +56,7 @@ class SphericalBits(bits.BitQuantizer):
     "bsq",
     paper="BSQ, arXiv 2406.07548",
     summary="one bit per feature on the unit sphere; entropies of groups of bits",
+    cost="N d, no table",
     example=(64, 6),
 )
 def bsq(num_codes: int, dim: int, **overrides: Any) -> Quantizer:

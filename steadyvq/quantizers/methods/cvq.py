@@ -135,7 +135,12 @@ PARTS: dict[str, Any] = {
 }
 
 
-@register("cvq", paper="CVQ-VAE, arXiv 2307.15139", summary="little-used codes are moved onto latents at every step")
+@register(
+    "cvq",
+    paper="CVQ-VAE, arXiv 2307.15139",
+    summary="little-used codes are moved onto latents at every step",
+    cost="N K d; stores K",
+)
 def cvq(num_codes: int, dim: int, **overrides: Any) -> Quantizer:
     """Online clustered codebook; `maintenance={"anchor": {"anchors": "random"}}` takes another anchor."""
     return compose(num_codes, dim, PARTS, overrides)

@@ -66,7 +66,12 @@ PARTS: dict[str, Any] = {
 }
 
 
-@register("diveq", paper="DiVeQ, arXiv 2509.26469", summary="a noisy step of exact length; no loss on latents or codes")
+@register(
+    "diveq",
+    paper="DiVeQ, arXiv 2509.26469",
+    summary="a noisy step of exact length; no loss on latents or codes",
+    cost="N K d; stores K",
+)
 def diveq(num_codes: int, dim: int, **overrides: Any) -> Quantizer:
     """DiVeQ with replacement of dead codes."""
     return compose(num_codes, dim, PARTS, overrides)

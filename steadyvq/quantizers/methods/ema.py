@@ -25,7 +25,12 @@ PARTS: dict[str, Any] = {
 }
 
 
-@register("ema", paper="VQ-VAE, arXiv 1711.00937, A.1", summary="codes are moving averages of their latents")
+@register(
+    "ema",
+    paper="VQ-VAE, arXiv 1711.00937, A.1",
+    summary="codes are moving averages of their latents",
+    cost="N K d; stores K d",
+)
 def ema(num_codes: int, dim: int, **overrides: Any) -> Quantizer:
     """Vector quantization with a codebook of moving averages."""
     return compose(num_codes, dim, PARTS, overrides)

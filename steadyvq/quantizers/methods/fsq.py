@@ -109,6 +109,7 @@ class SymmetricScalars(ScalarQuantizer):
     "fsq",
     paper="FSQ, arXiv 2309.15505",
     summary="rounds a few bounded features to a few levels; no codebook, no loss",
+    cost="N d, no table",
     example=(240, 3),
 )
 def fsq(num_codes: int, dim: int, **overrides: Any) -> Quantizer:
@@ -121,6 +122,7 @@ def fsq(num_codes: int, dim: int, **overrides: Any) -> Quantizer:
     "fsq_symmetric",
     paper="arXiv 2411.19842, section 3.2",
     summary="FSQ with levels symmetric about zero",
+    cost="N d, no table",
     status="variant",
     example=(240, 3),
 )

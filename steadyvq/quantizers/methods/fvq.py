@@ -173,6 +173,7 @@ def _check(num_codes: int, patch: int, registers: int, hidden: int, depth: int, 
     "fvq",
     paper="FVQ, arXiv 2509.10140",
     summary="a transformer over patches of the codebook computes all codes",
+    cost="N K d + K h (d + h / p^2 + K / p^4); stores h (p^2 d + h)",
     example=(48, 6),
 )
 def fvq(

@@ -121,6 +121,7 @@ CODEBOOKS["low_rank"] = LowRankCodebook
     "grit",
     paper="GRIT-VQ, arXiv 2602.01140",
     summary="decoder gradient along the quantisation direction is shared with the code; codes share a map",
+    cost="N K d + K d^2; stores d^2",
     status="reconstructed",
 )
 def grit(num_codes: int, dim: int, *, rank: int | None = None, **overrides: Any) -> Quantizer:

@@ -83,6 +83,7 @@ class Grouped(Wrapper):
     "grouped",
     paper="Product quantization, Jegou et al. 2011; vq-wav2vec, arXiv 1910.05453",
     summary="groups of features, each with codes of its own (product quantization)",
+    cost="N K d in all; stores as inner",
     status="variant",
 )
 def grouped(

@@ -142,6 +142,7 @@ PARTS: dict[str, Any] = {
     "gumbel",
     paper="VQGAN, arXiv 2012.09841 (Gumbel)",
     summary="codes are drawn in training and differentiated as a softmax",
+    cost="N K d",
     status="variant",
 )
 def gumbel(num_codes: int, dim: int, **overrides: Any) -> Quantizer:

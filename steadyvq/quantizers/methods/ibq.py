@@ -124,7 +124,10 @@ PARTS: dict[str, Any] = {
 
 
 @register(
-    "ibq", paper="IBQ, arXiv 2412.02692", summary="inner-product argmax; its softmax sends gradients to every code"
+    "ibq",
+    paper="IBQ, arXiv 2412.02692",
+    summary="inner-product argmax; its softmax sends gradients to every code",
+    cost="N K d",
 )
 def ibq(num_codes: int, dim: int, **overrides: Any) -> Quantizer:
     """Index backpropagation quantization."""

@@ -36,6 +36,7 @@ PARTS: dict[str, Any] = {
     "lfq",
     paper="MAGVIT-v2, arXiv 2310.05737",
     summary="one bit per feature, no codebook; entropies spread the batch over all codes",
+    cost="N d + N K for the entropy, no table",
     example=(64, 6),
 )
 def lfq(num_codes: int, dim: int, **overrides: Any) -> Quantizer:

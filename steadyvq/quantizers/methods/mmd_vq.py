@@ -119,6 +119,7 @@ PARTS: dict[str, Any] = {
     "mmd_vq",
     paper="VQ-Transplant (ICLR 2026), MMD-VQ",
     summary="codes match the distribution of the latents by random features",
+    cost="N K d + (N + K) d F for F features",
     status="reconstructed",
 )
 def mmd_vq(num_codes: int, dim: int, **overrides: Any) -> Quantizer:

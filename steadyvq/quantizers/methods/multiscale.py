@@ -344,6 +344,7 @@ def _own_losses(given: Mapping[str, Any]) -> dict[str, Loss]:
     "multiscale",
     paper="VAR, arXiv 2404.02905",
     summary="token grids from coarse to fine, each on what the coarser ones leave",
+    cost="T K d + S N d^2, T tokens in S scales; stores d^2",
     status="variant",
 )
 def multiscale(

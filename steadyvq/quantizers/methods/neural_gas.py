@@ -60,7 +60,10 @@ PARTS: dict[str, Any] = {
 
 
 @register(
-    "neural_gas", paper="Neural gas (Martinetz et al. 1993)", summary="all codes are drawn by their rank, annealed"
+    "neural_gas",
+    paper="Neural gas (Martinetz et al. 1993)",
+    summary="all codes are drawn by their rank, annealed",
+    cost="N K d + N r log r for r = 30 lambda ranks",
 )
 def neural_gas(num_codes: int, dim: int, **overrides: Any) -> Quantizer:
     """Neural gas as the loss of a codebook."""

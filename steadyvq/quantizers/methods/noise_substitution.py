@@ -59,6 +59,7 @@ PARTS: dict[str, Any] = {
     "noise_substitution",
     paper="Noise substitution (Vali and Bäckström 2022)",
     summary="noise of the length of the error stands for it in training",
+    cost="N K d; stores K",
 )
 def noise_substitution(num_codes: int, dim: int, **overrides: Any) -> Quantizer:
     """Noise substitution in vector quantization."""

@@ -33,7 +33,10 @@ PARTS: dict[str, Any] = {
 
 
 @register(
-    "nsvq", paper="NSVQ, arXiv 2606.11363", summary="dense loss and replacement let every code follow the encoder"
+    "nsvq",
+    paper="NSVQ, arXiv 2606.11363",
+    summary="dense loss and replacement let every code follow the encoder",
+    cost="N K d; stores K",
 )
 def nsvq(num_codes: int, dim: int, **overrides: Any) -> Quantizer:
     """NSVQ with the paper's weight and temperature; `temperature={"effective_losers": 16}` calibrates tau instead."""

@@ -94,6 +94,7 @@ PARTS: dict[str, Any] = {
     "nsvq_kernel",
     paper="Beyond Stationarity, arXiv 2602.18896 (code)",
     summary="all codes are attracted by the latents through an annealed softmax kernel",
+    cost="N K d",
 )
 def nsvq_kernel(num_codes: int, dim: int, **overrides: Any) -> Quantizer:
     """NS-VQ as its repository has it."""

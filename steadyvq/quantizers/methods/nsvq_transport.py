@@ -77,6 +77,7 @@ PARTS: dict[str, Any] = {
     "nsvq_transport",
     paper="Beyond Stationarity, arXiv 2602.18896 (abstract)",
     summary="losers move along with the selected codes near them",
+    cost="N K d + K^2 d",
     status="reconstructed",
 )
 def nsvq_transport(num_codes: int, dim: int, **overrides: Any) -> Quantizer:

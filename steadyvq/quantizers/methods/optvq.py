@@ -79,6 +79,7 @@ PARTS: dict[str, Any] = {
     "optvq",
     paper="OptVQ, arXiv 2412.15195",
     summary="balanced assignment by Sinkhorn's iterations in training",
+    cost="N K d + K d^2; stores d^2",
     status="variant",
 )
 def optvq(num_codes: int, dim: int, **overrides: Any) -> Quantizer:

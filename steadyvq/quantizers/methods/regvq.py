@@ -84,6 +84,7 @@ PARTS: dict[str, Any] = {
     "regvq",
     paper="Reg-VQ, arXiv 2303.06424",
     summary="a random part of the tokens is drawn; a prior holds the use of codes even",
+    cost="N K d",
     status="reconstructed",
 )
 def regvq(num_codes: int, dim: int, **overrides: Any) -> Quantizer:

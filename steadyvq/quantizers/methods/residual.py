@@ -176,6 +176,7 @@ class Residual(Wrapper):
     "residual",
     paper="RQ-VAE, arXiv 2203.01941; SoundStream, arXiv 2107.03312",
     summary="layers of any quantizer, each on what the ones before leave",
+    cost="L N K d; stores L tables, as inner",
     status="variant",
 )
 def residual(

@@ -32,7 +32,10 @@ PARTS: dict[str, Any] = {
 
 
 @register(
-    "rotation", paper="Rotation trick, arXiv 2410.06424", summary="VQ whose gradient is rotated from code to latent"
+    "rotation",
+    paper="Rotation trick, arXiv 2410.06424",
+    summary="VQ whose gradient is rotated from code to latent",
+    cost="N K d",
 )
 def rotation(num_codes: int, dim: int, **overrides: Any) -> Quantizer:
     """Plain vector quantization with the rotation trick."""

@@ -23,7 +23,12 @@ from steadyvq.quantizers.registry import register
 PARTS: dict[str, Any] = {"init": "normal", "losses": {"commitment": 0.25, "codebook": 1.0}}
 
 
-@register("simvq", paper="SimVQ, arXiv 2411.02038", summary="one linear map moves all codes of a frozen base")
+@register(
+    "simvq",
+    paper="SimVQ, arXiv 2411.02038",
+    summary="one linear map moves all codes of a frozen base",
+    cost="N K d + K d^2; stores d^2",
+)
 def simvq(num_codes: int, dim: int, *, train_base: bool = False, bias: bool = True, **overrides: Any) -> Quantizer:
     """SimVQ. With `losses={"ns": 0.1}` it is the "SimVQ + NS" of the NSVQ paper's Table 1."""
     codebook = partial(LinearCodebook, train_base=train_base, bias=bias)

@@ -63,6 +63,7 @@ PARTS: dict[str, Any] = {
     "soft_em",
     paper="Roy et al. 2018, arXiv 1805.11063",
     summary="codes are moving averages weighted by a soft posterior",
+    cost="N K d; stores K d",
     status="variant",
 )
 def soft_em(num_codes: int, dim: int, **overrides: Any) -> Quantizer:

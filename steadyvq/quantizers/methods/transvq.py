@@ -126,6 +126,7 @@ CODEBOOKS["transformer"] = TransformerCodebook
     "transvq",
     paper="NS-VQ, arXiv 2602.18896",
     summary="a linear-attention transformer over a frozen table makes all codes",
+    cost="N K d + K h (d + h); stores h (K + d + h)",
 )
 def transvq(num_codes: int, dim: int, *, hidden: int = 256, depth: int = 1, **overrides: Any) -> Quantizer:
     """TransVQ with the transformer of the official code."""

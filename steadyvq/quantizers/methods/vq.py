@@ -22,7 +22,12 @@ from steadyvq.quantizers.registry import register
 PARTS: dict[str, Any] = {"codebook": "free", "init": "uniform", "losses": {"commitment": 0.25, "codebook": 1.0}}
 
 
-@register("vq", paper="VQ-VAE, arXiv 1711.00937", summary="plain codebook; only selected codes learn, the rest dies")
+@register(
+    "vq",
+    paper="VQ-VAE, arXiv 1711.00937",
+    summary="plain codebook; only selected codes learn, the rest dies",
+    cost="N K d",
+)
 def vq(num_codes: int, dim: int, **overrides: Any) -> Quantizer:
     """Plain vector quantization."""
     return compose(num_codes, dim, PARTS, overrides)

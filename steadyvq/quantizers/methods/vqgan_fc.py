@@ -30,7 +30,10 @@ PARTS: dict[str, Any] = {
 
 
 @register(
-    "vqgan_fc", paper="ViT-VQGAN, arXiv 2110.04627", summary="few dimensions, codes and latents on the unit sphere"
+    "vqgan_fc",
+    paper="ViT-VQGAN, arXiv 2110.04627",
+    summary="few dimensions, codes and latents on the unit sphere",
+    cost="N K d",
 )
 def vqgan_fc(num_codes: int, dim: int, **overrides: Any) -> Quantizer:
     """VQ on the unit sphere; meant for a small `dim` such as 8."""

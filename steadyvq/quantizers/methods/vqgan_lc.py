@@ -82,7 +82,10 @@ def read_features(path: str, num_codes: int) -> Tensor:
 
 
 @register(
-    "vqgan_lc", paper="VQGAN-LC, arXiv 2406.11837", summary="one linear map moves all codes of frozen features of data"
+    "vqgan_lc",
+    paper="VQGAN-LC, arXiv 2406.11837",
+    summary="one linear map moves all codes of frozen features of data",
+    cost="N K d + K d d'; stores d d'",
 )
 def vqgan_lc(
     num_codes: int, dim: int, *, features: str | None = None, feature_dim: int | None = None, **overrides: Any

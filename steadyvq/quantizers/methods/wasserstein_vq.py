@@ -95,6 +95,7 @@ PARTS: dict[str, Any] = {
     "wasserstein_vq",
     paper="VQ-Transplant (ICLR 2026), W-VQ",
     summary="codes match mean and covariance of the latents",
+    cost="N K d + (N + K) d^2 + d^3",
     status="reconstructed",
 )
 def wasserstein_vq(num_codes: int, dim: int, **overrides: Any) -> Quantizer:
