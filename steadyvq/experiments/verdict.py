@@ -25,7 +25,8 @@ DEFINITIONS = {
     "bits": "bits for every position of the token grid: indices per image times log2 of their range, over positions",
     "psnr": "mean over held-out crops of the dB of 8-bit images",
     "relative_error": "squared quantisation error over the spread of the latents, where the codes live",
-    "utilization": "codes hit at least once on the held-out crops, of all codes",
+    "utilization": "codes hit at least once on the held-out crops, of the rows of all tables; quantizers of quantizers have "
+    "smaller tables, which are easier to fill, and their perplexity is that of all tables together",
     "ceiling": "what a uniform source of as many tokens would hit",
     "step_ms": "median over windows of training of the wall time per step, one thread, as many runs at a time as cores",
     "peak_mb": "peak memory of the run's process, evaluations included, beyond what it held once the photographs were "
