@@ -19,7 +19,6 @@ from steadyvq.cli import main
 from steadyvq.data.collection import load_collection, split_by_name
 from steadyvq.experiments.arms import Arm, is_done, train_arms
 from steadyvq.experiments.compare import Comparison, Settings, label_of, with_lengths
-from steadyvq.experiments.memory import PeakMemory
 from steadyvq.experiments.verdict import Failure, Finding, Trial, as_json, as_markdown, ranked, short_table
 from steadyvq.quantizers import list_quantizers
 from steadyvq.training.config import resolve
