@@ -142,6 +142,8 @@ class TestConfig:
         for name in recipe_names():
             data = dict(read_recipe(name))
             arms = data.pop("arms", {})
+            for key in ("search", "budgets"):  # of `steadyvq compare`; tests/test_compare.py reads them
+                data.pop(key, None)
             assert isinstance(resolve(data), RunConfig)
             assert all(arms.values())
 
@@ -590,7 +592,7 @@ class TestLoop:
 def test_the_defaults_are_those_that_the_evidence_was_made_with():
     """A changed default changes runs whose hash does not show it: make the evidence anew, then change this line."""
     text = json.dumps(RunConfig().to_dict(), sort_keys=True)
-    assert hashlib.sha256(text.encode()).hexdigest()[:12] == "52e4655fb092"
+    assert hashlib.sha256(text.encode()).hexdigest()[:12] == "fde532dc0a13"
 
 
 @pytest.mark.slow

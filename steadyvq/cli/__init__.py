@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `steadyvq demo | train | eval | encode | decode | report | list`.
+"""The command line: `steadyvq demo | compare | train | eval | encode | decode | report | list`.
 
     steadyvq demo                                   watch a codebook die and ours live, on real photographs
+    steadyvq compare --data DIR                     which method suits your images
     steadyvq train quickstart --data DIR            a tokenizer for your images
     steadyvq train quickstart --set optim.lr=3e-4   one setting changed
     steadyvq train --resume runs/quickstart         go on after an interruption
@@ -50,6 +51,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"steadyvq {steadyvq.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     _add_demo(commands)
+    _add_compare(commands)
     _add_train(commands)
     _add_use(commands)
     _add_report_and_list(commands)
@@ -65,6 +67,20 @@ def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
     demo.add_argument("--arms", help="comma-separated arms (default: all of the recipe)")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting for all arms")
+
+
+def _add_compare(commands: "argparse._SubParsersAction[Parser]") -> None:
+    compare = commands.add_parser(
+        "compare", help="train methods at one budget and rank them, each at its best learning rate", allow_abbrev=False
+    )
+    compare.add_argument(
+        "--methods", help="comma-separated names or file.py:function (default: all of `steadyvq list`)"
+    )
+    compare.add_argument("--data", default="mvtb", help="a folder of images (default: the photographs of mvtb-data)")
+    compare.add_argument("--seeds", type=int, default=3, help="final runs of every method (default: 3)")
+    compare.add_argument("--budget", default="tiny", help="tiny (200 steps, the default) or small (1,000)")
+    compare.add_argument("--out", type=Path, default=Path("runs/compare"), help="the folder; given again, it goes on")
+    compare.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting for all runs")
 
 
 def _add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -161,6 +177,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from steadyvq.cli.train import demo
 
         return demo(arguments)
+    if arguments.command == "compare":
+        from steadyvq.cli.compare import compare
+
+        return compare(arguments)
     if arguments.command == "train":
         from steadyvq.cli.train import train
 

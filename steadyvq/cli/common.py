@@ -15,7 +15,7 @@ from steadyvq.training.config import RunConfig
 from steadyvq.training.run import RunFolder
 from steadyvq.training.tokenizer_task import quantizer_of
 
-LEFT = ("run", "name", "kind", "paper", "status", "cost", "what it is")
+LEFT = ("run", "name", "kind", "paper", "status", "cost", "what it is", "method", "note")
 """Columns of words."""
 
 

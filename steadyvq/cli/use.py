@@ -41,7 +41,8 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     out = folder / name if arguments.out is None else arguments.out
     check_output(out)
     max_side = config.data.max_side if config else None
-    photographs = load_collection(source, min_side=crop, max_side=max_side).split(arguments.split)
+    share = config.data.test_fraction if config else 0.0
+    photographs = load_collection(source, min_side=crop, max_side=max_side, test_fraction=share).split(arguments.split)
     crops = EvaluationCrops(photographs, crop, count)
     result = evaluate(tokenizer, crops, BATCH)
     record = record_of(result, crops, config.hash() if config else "", step)

@@ -47,7 +47,7 @@ class Collection:
         """Return the photographs of one split (they share memory with this collection).
 
         Args:
-            name: ``"train"``, ``"val"``, ``"test"`` (the built-in photographs only), or ``"all"``. With a single
+            name: ``"train"``, ``"val"``, ``"test"`` (where there is one), or ``"all"``. With a single
                 photograph, ``"val"`` is that photograph and ``split_label`` says so.
 
         Raises:
@@ -81,6 +81,7 @@ def load_collection(
     max_side: int | None = None,
     val_fraction: float = 0.1,
     max_bytes: int = 8 << 30,
+    test_fraction: float = 0.0,
 ) -> Collection:
     """Decode every photograph of a source into memory.
 
@@ -94,6 +95,8 @@ def load_collection(
         max_side: Longer side in pixels to which larger photographs are shrunk; None keeps them.
         val_fraction: Expected fraction of a folder's photographs held out, at least one of two or more.
         max_bytes: Memory the decoded photographs may take.
+        test_fraction: Expected fraction of a folder's photographs that become a test split, at least one of three or more;
+            0: there is none. The val split stays what it is.
 
     Raises:
         ValueError: The folder is missing or holds no readable image, the package of the built-in photographs is
@@ -103,7 +106,7 @@ def load_collection(
     if str(data) == "mvtb":
         split_of = {name: split for name, _, split in mvtb_files()}
         return Collection(str(data), names, images, tuple(split_of[name] for name in names), skipped)
-    return Collection(str(data), names, images, split_by_name(names, val_fraction), skipped)
+    return Collection(str(data), names, images, split_by_name(names, val_fraction, test_fraction), skipped)
 
 
 def image_files(data: str | Path) -> list[tuple[str, Path]]:
@@ -205,12 +208,14 @@ def _read(
     return tuple(names), tuple(images), skipped
 
 
-def split_by_name(names: Sequence[str], val_fraction: float) -> tuple[str, ...]:
-    """Assign each photograph to train or val by a hash of its name alone.
+def split_by_name(names: Sequence[str], val_fraction: float, test_fraction: float = 0.0) -> tuple[str, ...]:
+    """Assign each photograph to train, val or test by a hash of its name alone.
 
     Args:
         names: Relative paths.
         val_fraction: Expected fraction in val; of two or more photographs at least one is in val and one in train.
+        test_fraction: Expected fraction in test, taken from what would be train; unless it is 0, at least one of three or
+            more photographs. One stays in train.
     """
     keys = [_unit_hash(name) for name in names]
     held_out = {key for key in keys if key < val_fraction}
@@ -220,7 +225,10 @@ def split_by_name(names: Sequence[str], val_fraction: float) -> tuple[str, ...]:
         held_out = {min(keys)}
     elif len(held_out) == len(names):
         held_out.remove(max(keys))
-    return tuple("val" if key in held_out else "train" for key in keys)
+    rest = sorted(key for key in keys if key not in held_out)
+    wanted = sum(key < val_fraction + test_fraction for key in rest)
+    test = set(rest[: min(max(1, wanted), len(rest) - 1)]) if test_fraction and rest else set()
+    return tuple("val" if key in held_out else "test" if key in test else "train" for key in keys)
 
 
 def _unit_hash(name: str) -> float:

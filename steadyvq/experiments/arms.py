@@ -2,7 +2,8 @@
 """Arms of a comparison: one base recipe, each arm different in named keys, trained side by side in processes.
 
 A comparison recipe has `base` and `arms` (name -> the keys in which the arm differs). Every arm runs in a process of its
-own with one thread, as many at a time as there are cores, so that an arm's time does not depend on how many others run.
+own with one thread, as many at a time as there are cores, so that an arm's time does not depend on how many others run. An arm
+whose folder holds an unfinished run goes on with it.
 """
 
 import json
@@ -11,9 +12,12 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -29,6 +33,8 @@ from steadyvq.training.strict import merge
 POLL_SECONDS = 0.5
 LINE_SECONDS = 15.0
 GRACE_SECONDS = 5.0
+BARS = 12
+"""Most bars that are shown at once."""
 
 
 @dataclass(frozen=True)
@@ -68,25 +74,52 @@ def arm_configs(
     ]
 
 
-def _train(arm: Arm) -> None:
-    """Trains one arm in this process; exit codes are those of the command line."""
+def is_done(run: Path) -> bool:
+    """Whether a run has finished."""
+    info = run / "run.json"
+    return info.is_file() and json.loads(info.read_text())["status"] == "done"
+
+
+def _train(arm: Arm, tell: "Connection[str, str]") -> None:
+    """Trains one arm in this process and tells why it failed, if it does; exit codes are those of the command line."""
     import torch
 
-    from steadyvq.training.loop import Diverged, Engine, Interrupted
-    from steadyvq.training.run import RunFolder
-    from steadyvq.training.tokenizer_task import TokenizerTask
+    from steadyvq.training.loop import Diverged, Interrupted
 
     torch.set_num_threads(1)
-    run = RunFolder(arm.path, arm.config)
     try:
-        engine = Engine(TokenizerTask(arm.config), run, quiet=True)
-        run.begin(arm.command)
-        engine.fit()
-    except Interrupted:
+        _fit(arm)
+    except (Interrupted, KeyboardInterrupt):
         raise SystemExit(130) from None
     except (ValueError, OSError, Diverged) as error:
-        print(f"{arm.config.title}: {error}", file=sys.stderr, flush=True)
+        tell.send(" ".join(str(error).split()))
         raise SystemExit(2 if isinstance(error, ValueError) else 3) from None
+    except Exception as error:  # of a quantizer that is not ours, or of ours: where it happened matters
+        traceback.print_exc()
+        tell.send(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise SystemExit(3) from None
+
+
+def _fit(arm: Arm) -> None:
+    from steadyvq.experiments.memory import PeakMemory
+    from steadyvq.training.loop import Engine
+    from steadyvq.training.run import RunFolder
+    from steadyvq.training.tokenizer_task import TokenizerTask, load_photographs
+
+    run = RunFolder(arm.path, arm.config)
+    begun = run.log_path.is_file()
+    photographs = load_photographs(arm.config)
+    memory = PeakMemory()
+    engine = Engine(TokenizerTask(arm.config, photographs), run, resume=begun, quiet=True)
+    if not begun:
+        (arm.path / "config.yaml").unlink(missing_ok=True)  # all that a run leaves that was killed as it began
+        run.begin(arm.command)
+    try:
+        engine.fit()
+    finally:
+        before = json.loads((arm.path / "run.json").read_text()).get("peak_memory")
+        peak = memory.read()
+        run.write_info(peak_memory=before if peak is None else max(peak, before or 0))
 
 
 def check_place(path: Path) -> None:
@@ -100,42 +133,90 @@ class ArmFailed(Exception):
     """An arm's process ended with an error; what went wrong is on stderr."""
 
 
-def train_arms(arms: Sequence[Arm], workers: int | None = None) -> None:
-    """Trains all arms, some at a time, showing how far each is.
+@dataclass(frozen=True)
+class _Running:
+    """An arm in its process, and where that says why it failed."""
+
+    arm: Arm
+    process: BaseProcess
+    reason: "Connection[str, str]"
+
+    @classmethod
+    def start(cls, arm: Arm) -> "_Running":
+        context = _context()
+        reason, tell = context.Pipe(duplex=False)
+        process = context.Process(target=_train, args=(arm, tell), daemon=False)  # type: ignore[attr-defined]
+        process.start()
+        tell.close()
+        return cls(arm, process, reason)
+
+    def failure(self) -> str | None:
+        """Why it failed, if it did.
+
+        Raises:
+            KeyboardInterrupt: It was interrupted.
+        """
+        code = self.process.exitcode
+        if code == 130:
+            raise KeyboardInterrupt
+        if code == 0:
+            return None
+        try:
+            return str(self.reason.recv())
+        except EOFError:
+            return f"its process ended with exit code {code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+
+
+def train_arms(
+    arms: Sequence[Arm], workers: int | None = None, *, keep_going: bool = False, later: int = 0
+) -> dict[Path, str]:
+    """Trains all arms, some at a time, showing how far each is; what went wrong is said on stderr.
 
     Args:
         arms: What is trained.
         workers: Processes at a time (None: one per core; one on a machine with a GPU).
+        keep_going: An arm that fails does not stop the others.
+        later: Steps that will follow after these arms, for the time left.
+
+    Returns:
+        Why arms failed, by their folders; empty unless `keep_going`.
 
     Raises:
         KeyboardInterrupt: The user interrupted; arms that ran have saved a checkpoint.
-        ArmFailed: An arm failed; the others were stopped.
+        ArmFailed: An arm failed, and the others were stopped.
     """
-    waiting = list(arms)
-    running: dict[str, BaseProcess] = {}
-    context = multiprocessing.get_context("spawn")
+    waiting, running, failed = list(arms), list[_Running](), dict[Path, str]()
     limit = workers or _default_workers()
-    with _Watch(arms) as watch, _terminated_as_interrupted():
+    with _Watch(arms, later) as watch, _terminated_as_interrupted():
         try:
             while waiting or running:
                 while waiting and len(running) < limit:
-                    arm = waiting.pop(0)
-                    process = context.Process(target=_train, args=(arm,), daemon=False)
-                    process.start()
-                    running[str(arm.path)] = process
+                    running.append(_Running.start(waiting.pop(0)))
                 time.sleep(POLL_SECONDS)
                 watch.look()
-                for name, exitcode in [(name, process.exitcode) for name, process in running.items()]:
-                    if exitcode is not None:
-                        running.pop(name)
-                        _check(name, exitcode)
+                for job in [job for job in running if job.process.exitcode is not None]:
+                    running.remove(job)
+                    if reason := job.failure():
+                        watch.fail(job.arm, reason)
+                        _check(job, keep_going)
+                        failed[job.arm.path] = reason
         except KeyboardInterrupt:
             # Ctrl-C on a terminal reaches the arms too; asked a second time they would stop without saving.
-            _stop(list(running.values()), grace=GRACE_SECONDS)
+            _stop([job.process for job in running], grace=GRACE_SECONDS)
             raise
         except BaseException:
-            _stop(list(running.values()), grace=0.0)
+            _stop([job.process for job in running], grace=0.0)
             raise
+    return failed
+
+
+def _context() -> BaseContext:
+    """How processes are started: on Linux from one that has imported everything, which saves seconds per arm."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["steadyvq.training.loop", "steadyvq.training.tokenizer_task"])
+    return context
 
 
 def _default_workers() -> int:
@@ -147,11 +228,9 @@ def _default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check(name: str, exitcode: int) -> None:
-    if exitcode == 130:
-        raise KeyboardInterrupt
-    if exitcode != 0:
-        raise ArmFailed(f"the arm in {name} ended with exit code {exitcode}")
+def _check(job: _Running, keep_going: bool) -> None:
+    if not keep_going:
+        raise ArmFailed(f"the arm in {job.arm.path} ended with exit code {job.process.exitcode}")
 
 
 @contextmanager
@@ -187,17 +266,25 @@ def _stop(processes: Sequence[BaseProcess], grace: float) -> None:
 class _Watch:
     """Shows the progress of runs by reading their logs: bars on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, arms: Sequence[Arm]) -> None:
+    def __init__(self, arms: Sequence[Arm], later: int = 0) -> None:
         self._totals = {arm.path: arm.config.epochs * arm.config.steps_per_epoch for arm in arms}
-        self._names = {arm.path: arm.config.title for arm in arms}
+        titles = [arm.config.title for arm in arms]
+        self._names = {a.path: t if titles.count(t) == 1 else a.path.name for a, t in zip(arms, titles, strict=True)}
+        # What a resumed run has behind it took no time of ours.
+        self._before = sum(map(last_step, self._totals))
+        self._later = later
+        self._failed: set[Path] = set()
         self._console = Console(stderr=True)
         self._start = self._last = time.monotonic()
         self._ended = False
         self._bars: dict[Path, TaskID] = {}
         self._progress: Progress | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and self._totals:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("left"))
             self._progress = Progress(*columns, TimeRemainingColumn(), console=self._console)
+            whole = sum(self._totals.values()) + later
+            several = len(self._totals) > BARS
+            self._all = self._progress.add_task("all", total=whole, completed=self._before, visible=several)
             self._bars = {p: self._progress.add_task(self._names[p], total=n) for p, n in self._totals.items()}
 
     def __enter__(self) -> "_Watch":
@@ -209,12 +296,17 @@ class _Watch:
         if self._progress:
             self._progress.stop()
 
+    def fail(self, arm: Arm, reason: str) -> None:
+        """Says why an arm failed, and waits for it no more."""
+        self._failed.add(arm.path)
+        self._console.print(f"{arm.config.title}: {reason}", highlight=False, soft_wrap=True, markup=False)
+
     def look(self) -> None:
         """Reads the logs and shows them."""
-        steps = {path: last_step(path) for path in self._totals}
+        # What a failed arm has left will not be done.
+        steps = {path: n if path in self._failed else last_step(path) for path, n in self._totals.items()}
         if self._progress:
-            for path, step in steps.items():
-                self._progress.update(self._bars[path], completed=step)
+            self._show_bars(self._progress, steps)
             return
         now = time.monotonic()
         done, total = sum(steps.values()), sum(self._totals.values())
@@ -222,12 +314,20 @@ class _Watch:
         if self._ended or (now - self._last < LINE_SECONDS and not ended):
             return
         self._last, self._ended = now, ended
-        left = f"{(now - self._start) / done * (total - done):.0f} s left" if done else "starting"
+        fresh = done - self._before
+        left = f"{(now - self._start) / fresh * (total - done + self._later):.0f} s left" if fresh > 0 else "starting"
         finished = sum(step == self._totals[path] for path, step in steps.items())
         running = {path: step for path, step in steps.items() if 0 < step < self._totals[path]}
         shown = ", ".join(f"{self._names[path]} {step}/{self._totals[path]}" for path, step in running.items())
         shown = f"{finished} of {len(steps)} arms done{', ' if shown else ''}{shown}"
         self._console.print(f"{now - self._start:.0f} s, {left}: {shown}", highlight=False, soft_wrap=True)
+
+    def _show_bars(self, progress: Progress, steps: dict[Path, int]) -> None:
+        """A bar for every arm, or, where they would not fit, for all together and for those that run."""
+        progress.update(self._all, completed=sum(steps.values()))
+        for path, step in steps.items():
+            shown = len(steps) <= BARS or 0 < step < self._totals[path]
+            progress.update(self._bars[path], completed=step, visible=shown)
 
 
 def last_step(run: Path) -> int:

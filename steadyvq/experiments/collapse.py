@@ -22,7 +22,7 @@ import torch
 
 import steadyvq
 from steadyvq.data import EvaluationCrops
-from steadyvq.experiments.arms import Arm, arm_configs, train_arms
+from steadyvq.experiments.arms import Arm, arm_configs, is_done, train_arms
 from steadyvq.files import write_atomically, write_text
 from steadyvq.metrics import to_uint8
 from steadyvq.models import Tokenizer
@@ -39,12 +39,6 @@ def jobs(recipe: str, out: Path, seeds: list[int], arms: list[str] | None, sets:
         for seed in seeds
         for config in arm_configs(recipe, arms, {"seed": seed}, sets)
     ]
-
-
-def is_done(run: Path) -> bool:
-    """Whether a run has finished."""
-    info = run / "run.json"
-    return info.is_file() and json.loads(info.read_text())["status"] == "done"
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _numeric(column: tuple[str, ...]) -> bool:
-    return all(cell[:1].isdigit() or cell[:1] in "-*" for cell in column)
+    return all(cell[:1].isdigit() or cell[:1] in "-+*" for cell in column)
 
 
 def method_table() -> str:

@@ -34,7 +34,8 @@ class DataConfig:
         epoch_samples: Crops in one epoch.
         max_side: Photographs are shrunk to this longer side when they are loaded (pixels; None: left as they are).
         eval_crops: Held-out crops of an evaluation.
-        eval_split: The held-out photographs: `val`, or `test` (mvtb only) for settings that were chosen on `val`.
+        eval_split: The held-out photographs: `val`, or `test` for settings that were chosen on `val`.
+        test_fraction: Share of a folder's photographs that becomes a `test` split (0: none); mvtb has one of its own.
     """
 
     source: str = "mvtb"
@@ -45,6 +46,11 @@ class DataConfig:
     max_side: int | None = 1024
     eval_crops: int = 320
     eval_split: Literal["val", "test"] = "val"
+    test_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.test_fraction < 0.9:
+            raise ValueError(f"data.test_fraction is {self.test_fraction}, but it is a share in [0, 0.9)")
 
 
 @dataclass(frozen=True)
@@ -277,8 +283,8 @@ def resolve(
     """The typed configuration of a recipe with overrides, `--set` pairs last."""
     if "arms" in recipe:
         raise ValueError(
-            "this recipe compares several arms: run it with `steadyvq demo` or `python -m steadyvq.experiments.collapse "
-            "--recipe NAME`, or train a recipe without arms"
+            "this recipe compares several arms: run it with `steadyvq demo`, `steadyvq compare` or `python -m "
+            "steadyvq.experiments.collapse --recipe NAME`, or train a recipe without arms"
         )
     data = merge(merge(recipe, overrides or {}), assignments(sets))
     return from_dict(RunConfig, data)

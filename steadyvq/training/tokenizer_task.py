@@ -49,7 +49,10 @@ def build_tokenizer(config: RunConfig) -> Tokenizer:
 
 def load_photographs(config: RunConfig) -> Collection:
     """The photographs of a configuration."""
-    return load_collection(config.data.source, min_side=config.data.crop_size, max_side=config.data.max_side)
+    data = config.data
+    return load_collection(
+        data.source, min_side=data.crop_size, max_side=data.max_side, test_fraction=data.test_fraction
+    )
 
 
 class TokenizerTask(Task):
@@ -91,7 +94,7 @@ class TokenizerTask(Task):
     def optimizer(self, objective: str) -> Optimizer:
         """Adam with a group of its own for a trainable codebook."""
         optim = self.config.optim
-        own = _codebook_parameters(self.quantizer)
+        own = codebook_parameters(self.quantizer)
         rest = [p for p in self.tokenizer.parameters() if all(p is not q for q in own)]
         groups: list[dict[str, Any]] = [{"params": rest, "lr": optim.lr, "eps": optim.eps}]
         if own:
@@ -141,7 +144,7 @@ class TokenizerTask(Task):
         largest = [float(o.extra.stats["ns_grad_max"]) for o in outputs if "ns_grad_max" in o.extra.stats]
         if isinstance(self.quantizer, VectorQuantizer) and largest:
             logs["vq/temperature"] = float(self.quantizer.temperature)
-            own = _codebook_parameters(self.quantizer)
+            own = codebook_parameters(self.quantizer)
             eps = [g["eps"] for g in optimizer.param_groups if own and any(p is own[0] for p in g["params"])]
             if eps:
                 # alpha * max |g_ns| below Adam's epsilon means that the loss moves next to nothing.
@@ -207,7 +210,7 @@ def _side_by_side(tokens: Tensor, columns: int = 8) -> Tensor:
     return padded.reshape(-1, columns, height, width).movedim(2, 1).reshape(-1, columns * width)
 
 
-def _codebook_parameters(quantizer: Quantizer) -> list[nn.Parameter]:
+def codebook_parameters(quantizer: Quantizer) -> list[nn.Parameter]:
     """Rows that a learning rate of their own moves: the bases of trainable codebooks."""
     codebooks = [module for module in quantizer.modules() if isinstance(module, Codebook) and module.trainable]
     return [codebook.base for codebook in codebooks if isinstance(codebook.base, nn.Parameter)]
