@@ -7,7 +7,8 @@ A subclass says how latents are assigned (`_assign`); everything that is read of
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class AssigningQuantizer(Quantizer):
         num_codes: K.
         dim: d.
         losses: Losses by name.
-        estimator: Name of the gradient estimator.
+        estimator: The gradient estimator or its name.
         channel_axis: The axis of the latents that holds the features.
     """
 
@@ -35,7 +36,7 @@ class AssigningQuantizer(Quantizer):
         dim: int,
         *,
         losses: Mapping[str, Loss] | None = None,
-        estimator: str = "straight_through",
+        estimator: str | Callable[..., Any] = "straight_through",
         channel_axis: int = -1,
     ) -> None:
         super().__init__(num_codes, dim, channel_axis=channel_axis)
@@ -46,8 +47,8 @@ class AssigningQuantizer(Quantizer):
         self._set_estimator(estimator)
         self._weights: dict[str, float] = {}
 
-    def _set_estimator(self, name: str) -> None:
-        self.estimator = look_up("estimator", name, ESTIMATORS)
+    def _set_estimator(self, estimator: str | Callable[..., Any]) -> None:
+        self.estimator = look_up("estimator", estimator, ESTIMATORS) if isinstance(estimator, str) else estimator
 
     def weight(self, name: str) -> float:
         """The present weight of a loss: the stage's if it names it, else the one it was built with."""
@@ -74,13 +75,19 @@ class AssigningQuantizer(Quantizer):
         active = {name: loss for name, loss in self.losses.items() if self.weight(name) != 0}
         return tuple(name for name, loss in active.items() if getattr(loss, "batch_coupled", False))
 
+    @property
+    def exact_in_training(self) -> bool:
+        """See `Quantizer.exact_in_training`."""
+        return not getattr(self.estimator, "own_value", False)
+
     @abstractmethod
     def _assign(self, latents: Tensor, mask: Tensor | None) -> Assignment:
         """The record of these latents; checks their shape and that of the mask."""
 
     def _carrier(self, assignment: Assignment) -> Tensor:
         """What carries the gradient of z_q (N, d)."""
-        return self.estimator(assignment)
+        carrier: Tensor = self.estimator(assignment)
+        return carrier
 
     def forward(self, latents: Tensor, mask: Tensor | None = None) -> Quantized:
         """See `Quantizer.forward`."""
@@ -91,8 +98,9 @@ class AssigningQuantizer(Quantizer):
             total = torch.zeros((), dtype=a.z.dtype, device=latents.device)
             for name, value in losses.items():
                 total = total + self.weight(name) * value
-            carrier = self._carrier(a)
-            rows = a.selected.detach() + (carrier - carrier.detach())
+            rows = carrier = self._carrier(a)
+            if not self.training or self.exact_in_training:
+                rows = a.selected.detach() + (carrier - carrier.detach())
             shape = self._grid(latents)
             z_q = from_rows(rows, shape, self.channel_axis).to(latents.dtype)
             if mask is not None:

@@ -192,10 +192,13 @@ class TransformedCodebook(Codebook):
 
 
 def _key(tensors: list[Tensor]) -> tuple[object, ...] | None:
-    """What tells whether tensors have changed; None where that cannot be told (tensors without memory or count)."""
+    """What tells whether tensors have changed; None where that cannot be told.
+
+    Tensors made in inference mode have no count of writes, and those of tracers and `torch.func` no memory.
+    """
     try:
         return tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         return None
 
 

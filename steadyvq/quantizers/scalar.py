@@ -114,13 +114,13 @@ class ScalarQuantizer(AssigningQuantizer):
         """Latents (N, d) in the space of the codes, differentiable; the gradient of z_q passes through it."""
         return z
 
-    def _set_estimator(self, name: str) -> None:
-        if name == "direct":
+    def _set_estimator(self, estimator: str | Callable[..., Any]) -> None:
+        if estimator == "direct":
             raise ValueError(
                 "estimator 'direct' hands the gradient of z_q to the codes, but the codes of a fixed grid do not move: "
                 "leave it out"
             )
-        super()._set_estimator(name)
+        super()._set_estimator(estimator)
 
     def _assign(self, latents: Tensor, mask: Tensor | None) -> Assignment:
         z, weight, num_valid = self._rows(latents, mask, self.values.dtype)

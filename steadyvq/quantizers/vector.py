@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from steadyvq.quantizers.assign import ASSIGNMENTS, Setting, described, evaluated
+from steadyvq.quantizers.assigning import AssigningQuantizer, check_indices
 from steadyvq.quantizers.base import (
     Assignment,
-    Quantized,
     Quantizer,
     WeightAverage,
     alone,
@@ -31,7 +31,6 @@ from steadyvq.quantizers.base import (
     unit,
 )
 from steadyvq.quantizers.codebooks import Codebook, FrozenCodebook
-from steadyvq.quantizers.estimators import ESTIMATORS
 from steadyvq.quantizers.initialise import place
 from steadyvq.quantizers.losses import Loss
 from steadyvq.quantizers.maintenance import Maintenance, UpdateBatch
@@ -39,7 +38,7 @@ from steadyvq.quantizers.names import ASSIGNMENT, look_up
 from steadyvq.quantizers.noise import Noise, positions
 
 
-class VectorQuantizer(Quantizer):
+class VectorQuantizer(AssigningQuantizer):
     """Assigns each latent to a code of one table.
 
     Args:
@@ -75,26 +74,21 @@ class VectorQuantizer(Quantizer):
             raise ValueError(f"unit_sphere is {unit_sphere!r}, but it needs true, false or 'latents'")
         with torch.no_grad():
             table = unit(codes()) if unit_sphere is True else codes()
-        super().__init__(table.shape[0], table.shape[1], channel_axis=channel_axis)
+        size = (table.shape[0], table.shape[1])
+        super().__init__(*size, losses=losses, estimator=estimator, channel_axis=channel_axis)
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}, but a softmax needs a positive temperature")
         self.codes = codes
         self.unit_sphere = unit_sphere
         self.places_codes = not codes.cannot_place
-        self.losses = dict(losses or {})
-        # A loss may be a module with parameters of its own; then they are trained and saved with the layer.
-        self.loss_modules = nn.ModuleDict({n: loss for n, loss in self.losses.items() if isinstance(loss, nn.Module)})
         self.maintenance = nn.ModuleDict(maintenance or {})
         self.assign = look_up("assignment", assign, ASSIGNMENTS) if isinstance(assign, str) else assign
-        self._built_estimator = look_up("estimator", estimator, ESTIMATORS) if isinstance(estimator, str) else estimator
-        self.estimator = self._built_estimator
         self.seed = seed
         self.register_buffer("temperature", torch.tensor(float(temperature)))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         # Noise and schedules advance with the number of updates.
         parts = (*self.losses.values(), self.assign, self.estimator)
         self.needs_update = bool(self.maintenance) or any(getattr(part, "needs_update", False) for part in parts)
-        self._weights: dict[str, float] = {}
         self._paused: frozenset[str] = frozenset()
         self._optimizer_checked = False
         for part in self._parts():
@@ -113,10 +107,6 @@ class VectorQuantizer(Quantizer):
         """What `update` does in the present stage, in this order."""
         return [part for name, part in self.maintenance.items() if name not in self._paused]  # type: ignore[misc]
 
-    def weight(self, name: str) -> float:
-        """The present weight of a loss: the stage's if it names it, else the one it was built with."""
-        return self._weights.get(name, self.losses[name].weight)
-
     def configure(
         self,
         *,
@@ -125,56 +115,19 @@ class VectorQuantizer(Quantizer):
         estimator: str | None = None,
         frozen: bool = False,
     ) -> None:
-        """See `Quantizer.configure`. A weight of 0 for a loss that this method lacks is fine, any other is refused."""
-        for name, value in (weights or {}).items():
-            if value != 0:
-                look_up("loss of this quantizer", name, self.losses)
-        self._weights = dict(weights or {})
+        """See `AssigningQuantizer.configure`; `frozen` and `paused` rest maintenance."""
+        super().configure(weights=weights, estimator=estimator)
         self._paused = frozenset(self.maintenance if frozen else paused)
-        self.estimator = look_up("estimator", estimator, ESTIMATORS) if estimator else self._built_estimator
 
     @property
     def batch_coupled(self) -> tuple[str, ...]:
         """See `Quantizer.batch_coupled`."""
-        active: dict[str, Any] = {name: loss for name, loss in self.losses.items() if self.weight(name) != 0}
-        active[ASSIGNMENT] = self.assign
-        return tuple(name for name, part in active.items() if getattr(part, "batch_coupled", False))
-
-    @property
-    def exact_in_training(self) -> bool:
-        """See `Quantizer.exact_in_training`."""
-        return not getattr(self.estimator, "own_value", False)
-
-    def forward(self, latents: Tensor, mask: Tensor | None = None) -> Quantized:
-        """See `Quantizer.forward`."""
-        self._remind()
-        with torch.autocast(latents.device.type, enabled=False):
-            assignment = self._assign(latents, mask)
-            losses = {name: loss(assignment) for name, loss in self.losses.items() if self.weight(name) != 0}
-            total = torch.zeros((), dtype=assignment.z.dtype, device=latents.device)
-            for name, value in losses.items():
-                total = total + self.weight(name) * value
-            carrier = self.estimator(assignment)
-            rows = assignment.selected.detach() + (carrier - carrier.detach())
-            if self.training and not self.exact_in_training:
-                rows = carrier
-            shape = self._grid(latents)
-            z_q = from_rows(rows, shape, self.channel_axis).to(latents.dtype)
-            if mask is not None:
-                z_q = torch.where(mask.unsqueeze(self.channel_axis), z_q, latents)
-        return Quantized(z_q, assignment.indices.reshape(shape), total, losses, assignment.detach())
+        coupled = super().batch_coupled
+        return (*coupled, ASSIGNMENT) if getattr(self.assign, "batch_coupled", False) else coupled
 
     def _assign(self, latents: Tensor, mask: Tensor | None) -> Assignment:
         table = self._table()
-        z = to_rows(latents, self.dim, self.channel_axis, table.dtype)
-        weight = None
-        num_valid = torch.full((), float(z.shape[0]), dtype=z.dtype, device=z.device)
-        if mask is not None:
-            check_mask(mask, latents, self.channel_axis)
-            # Garbage in masked rows must not reach a product: 0 * NaN is NaN.
-            z = torch.where(mask.reshape(-1, 1), z, 0.0)
-            weight = mask.reshape(-1).to(z.dtype)
-            num_valid = weight.sum()
+        z, weight, num_valid = self._rows(latents, mask, table.dtype)
         if self.unit_sphere:
             z = unit(z)
         # Evaluation may run in one process alone, so it must not wait for the others.
@@ -204,36 +157,15 @@ class VectorQuantizer(Quantizer):
         items = latents.shape[0] if latents.dim() > 1 and self.channel_axis % latents.dim() != 0 else 1
         return positions(self._first_item, items, latents.numel() // max(1, items * self.dim))
 
-    def _grid(self, latents: Tensor) -> tuple[int, ...]:
-        axis = self.channel_axis % latents.dim()
-        return (*latents.shape[:axis], *latents.shape[axis + 1 :])
-
-    @torch.no_grad()
-    def encode(self, latents: Tensor, mask: Tensor | None = None) -> Tensor:
-        """See `Quantizer.encode`."""
-        with torch.autocast(latents.device.type, enabled=False):
-            return self._assign(latents, mask).indices.reshape(self._grid(latents))
-
     def decode(self, indices: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """See `Quantizer.decode`."""
         with torch.autocast(indices.device.type, enabled=False):
             table = self._table()
-            self._check_indices(indices)
+            check_indices(indices, self.num_codes)
             flat = indices.reshape(-1)
             rows = nn.functional.embedding(flat.clamp_min(0), table)
             rows = torch.where((flat >= 0)[:, None], rows, 0.0)
             return from_rows(rows, indices.shape, self.channel_axis).to(dtype or table.dtype)
-
-    def _check_indices(self, indices: Tensor) -> None:
-        if indices.is_floating_point() or indices.dtype == torch.bool:
-            raise ValueError(f"indices have dtype {indices.dtype}, but codes are named by integers")
-        # On an accelerator the look at the values would wait for the device, and the device checks by itself.
-        looked_at = indices.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel() > 0
-        if looked_at and (int(indices.max()) >= self.num_codes or int(indices.min()) < -1):
-            raise ValueError(
-                f"indices run from {int(indices.min())} to {int(indices.max())}, but this quantizer has {self.num_codes} "
-                "codes: decode with the quantizer that encoded them"
-            )
 
     @torch.no_grad()
     def codebook(self) -> Tensor:
@@ -336,8 +268,3 @@ class VectorQuantizer(Quantizer):
                 UserWarning,
                 stacklevel=4,
             )
-
-    def extra_repr(self) -> str:
-        """The parts, for `print(model)`."""
-        losses = ", ".join(f"{name}={self.weight(name):g}" for name in self.losses)
-        return f"{super().extra_repr()}, losses({losses})"
