@@ -361,7 +361,8 @@ class Quantizer(nn.Module, ABC):
 
     def _remind(self) -> None:
         """Warns once when a layer that needs `update` has been trained without it."""
-        if self._forwards_without_update is None or torch.compiler.is_compiling():
+        # In this order: a compiled forward that read the counter would be compiled anew whenever it changed.
+        if torch.compiler.is_compiling() or self._forwards_without_update is None:
             return
         if not (self.training and self.needs_update and torch.is_grad_enabled()):
             return
