@@ -2,9 +2,11 @@
 """What is said of a method where methods are listed: it must be said of every one, and be true where it can be measured."""
 
 import re
+from itertools import combinations
 
 import pytest
-from cases import GRIDS
+import torch
+from cases import GRIDS, NAMES, build, normal
 
 import steadyvq
 from steadyvq.experiments import tables
@@ -78,3 +80,39 @@ def test_every_method_named_in_related_is_one():
     assert len(cells) >= 40
     named = {m for cell in cells for m in re.findall(r"`([a-z_]+)`", cell)}
     assert named - {"pre_quant", "update"} <= set(methods()), "neither methods nor parts of the tokenizer"
+
+
+def behaviour(name: str) -> list[torch.Tensor]:
+    """What a method does with one fixed batch in three steps of gradient descent: values, gradients and codes."""
+    try:
+        vq = build(name, num_codes=64, dim=6)
+    except ValueError:  # a grid of another size, which nothing else has
+        vq = build(name)
+    z = normal(64, vq.dim).requires_grad_()
+    upstream = normal(64, vq.dim, seed=1)
+    parameters = [p for p in vq.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, 0.1) if parameters else None
+    found = [vq.codebook()]
+    for _ in range(3):
+        out = vq(z)
+        loss = out.loss + (out.z_q * upstream).sum()
+        gradient, *others = torch.autograd.grad(loss, [z, *parameters], materialize_grads=True)
+        for p, g in zip(parameters, others, strict=True):
+            p.grad = g
+        if optimizer:
+            optimizer.step()
+        vq.update(out, optimizer)
+        found += [out.z_q.detach(), out.loss.detach(), gradient, vq.codebook()]
+    return found
+
+
+def differ(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    """Whether two methods differ by more than rounding."""
+    pairs = zip(a, b, strict=True)
+    return any(x.shape != y.shape or not torch.allclose(x, y, rtol=1e-4, atol=1e-6) for x, y in pairs)
+
+
+def test_any_two_methods_differ():
+    assert not differ(behaviour("vq"), behaviour("vq"))
+    found = {name: behaviour(name) for name in NAMES}
+    assert [pair for pair in combinations(NAMES, 2) if not differ(found[pair[0]], found[pair[1]])] == []

@@ -10,6 +10,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 import argparse
 import json
 import re
+import runpy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,16 @@ def method_table() -> str:
     """Every registered method: name, what it is, paper, status."""
     rows = [[f"`{m.name}`", m.summary, m.paper, m.status] for m in methods().values()]
     return markdown(["name", "what it is", "paper", "status"], rows)
+
+
+def exemption_table() -> str:
+    """What every check of the conformance suite has found exempt: check, reason, methods."""
+    exempt = runpy.run_path(str(ROOT / "tests" / "exemptions.py"))["EXEMPT"]
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for (method, check), reason in exempt.items():
+        by_reason.setdefault((check.removeprefix("test_").replace("_", " "), reason), []).append(f"`{method}`")
+    rows = [[check, ", ".join(sorted(names)), reason] for (check, reason), names in sorted(by_reason.items())]
+    return markdown(["check", "methods", "why"], rows)
 
 
 def evidence(name: str) -> dict[str, Any]:
@@ -85,6 +96,7 @@ def demo_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "methods": method_table,
+    "exemptions": exemption_table,
     "demo": demo_table,
     "collapse": partial(arms_table, "collapse"),
     "tuning": partial(arms_table, "tuning"),
