@@ -19,7 +19,7 @@ from steadyvq.cli import main
 from steadyvq.data.collection import load_collection, split_by_name
 from steadyvq.experiments.arms import Arm, is_done, train_arms
 from steadyvq.experiments.compare import Comparison, Settings, label_of, with_lengths
-from steadyvq.experiments.verdict import Failure, Finding, Trial, as_json, as_markdown, ranked, short_table
+from steadyvq.experiments.verdict import Failure, Finding, Trial, as_json, as_markdown, orders, ranked, short_table
 from steadyvq.quantizers import list_quantizers
 from steadyvq.training.config import resolve
 
@@ -233,6 +233,31 @@ def test_other_images_are_not_ranked_in_silence(runs):
     rows = ranked(findings(runs))
     rows[0]["runs"][0]["pixels_hash"] = "another"
     assert "Do not rank" in as_markdown(FACTS, rows)
+
+
+def test_the_order_of_the_first_three_is_that_of_disjoint_seeds(runs):
+    rows = ranked(findings(runs))
+    assert [o["seeds"] for o in orders(rows)] == [[0], [1]]
+    psnr = {"a": [9, 9, 7, 8], "b": [8, 8, 9, 7], "c": [7, 7, 8, 9], "d": [1, 2, 3, 4]}
+    template = rows[0]
+    made = [
+        {
+            **template,
+            "method": name,
+            "runs": [{**template["runs"][0], "seed": i, "psnr": v} for i, v in enumerate(values)],
+        }
+        for name, values in psnr.items()
+    ]
+    assert orders(made) == [{"seeds": [0, 1], "first": ["a", "b", "c"]}, {"seeds": [2, 3], "first": ["c", "b", "a"]}]
+    assert "**not stable** over disjoint sets of seeds (seeds 0, 1: a, b, c; seeds 2, 3: c, b, a)" in as_markdown(
+        FACTS, made
+    )
+    for row in made:
+        row["runs"] = row["runs"][:2]
+    assert "three is stable over" in as_markdown(FACTS, made)
+    for row in made:
+        row["runs"] = row["runs"][:1]
+    assert orders(made) == []
 
 
 def compare(folder: Path, *words: object) -> "subprocess.Popen[str]":

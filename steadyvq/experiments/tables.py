@@ -16,20 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from steadyvq.experiments.markdown import markdown
+from steadyvq.experiments.verdict import comparison_table, notes
 from steadyvq.quantizers import methods
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown; the first column is text, the others are numbers."""
-    rule = ["---"] + ["---:" if _numeric(column) else "---" for column in list(zip(*rows, strict=True))[1:]]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in [head, rule, *rows])
-
-
-def _numeric(column: tuple[str, ...]) -> bool:
-    return all(cell[:1].isdigit() or cell[:1] in "-+*" for cell in column)
 
 
 def method_table() -> str:
@@ -75,6 +67,12 @@ def arms_table(name: str) -> str:
     return markdown(["arm", "codes used, % of ceiling", "perplexity", "PSNR, dB", "relative error"], rows)
 
 
+def compare_table() -> str:
+    """What `steadyvq compare` found, and what has to be said of it."""
+    rows = evidence("compare")["methods"]
+    return comparison_table(rows) + "\n" + "".join(f"- {note}\n" for note in notes(rows))
+
+
 DEMO_ARMS = {
     "vq": "vq-uniform-lr3e-2",
     "nsvq": "nsvq-lr3e-2",
@@ -96,6 +94,7 @@ def demo_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "methods": method_table,
+    "compare": compare_table,
     "exemptions": exemption_table,
     "demo": demo_table,
     "collapse": partial(arms_table, "collapse"),

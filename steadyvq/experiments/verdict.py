@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import steadyvq
-from steadyvq.experiments.tables import markdown
+from steadyvq.experiments.markdown import markdown
 from steadyvq.metrics import read_record
 from steadyvq.training.run import RunFolder
 
@@ -166,6 +166,26 @@ def ranked(findings: Sequence[Finding]) -> list[Row]:
     return sorted(map(summarise, findings), key=lambda row: -1.0 if row["psnr"] is None else row["psnr"], reverse=True)
 
 
+def orders(rows: Sequence[Row]) -> list[Row]:
+    """The first three methods by the PSNR of two disjoint sets of seeds, best first; empty with fewer than two seeds."""
+    seeds = sorted({run["seed"] for row in rows for run in row["runs"]})
+    halves = [seeds[: (len(seeds) + 1) // 2], seeds[(len(seeds) + 1) // 2 :]]
+    found = []
+    for half in halves if len(seeds) > 1 else []:
+        by_method = {row["method"]: [run["psnr"] for run in row["runs"] if run["seed"] in half] for row in rows}
+        means = {method: mean(values) for method, values in by_method.items() if values}
+        found.append({"seeds": half, "first": sorted(means, key=means.__getitem__, reverse=True)[:3]})
+    return found
+
+
+def _order_note(rows: Sequence[Row]) -> str:
+    """Whether two disjoint sets of seeds agree on the first three methods."""
+    first, second = orders(rows)
+    said = [f"seeds {', '.join(map(str, o['seeds']))}: {', '.join(o['first'])}" for o in (first, second)]
+    stable = "stable" if first["first"] == second["first"] else "**not stable**"
+    return f"The order of the first three is {stable} over disjoint sets of seeds ({'; '.join(said)})."
+
+
 def _number(name: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
     """Shows a mean with its spread."""
 
@@ -235,12 +255,17 @@ def short_table(rows: Sequence[Row]) -> list[dict[str, str]]:
     return [{name: columns[name](row) for name in SHORT} for row in rows]
 
 
-def as_markdown(facts: Row, rows: Sequence[Row]) -> str:
-    """The comparison as a page of Markdown."""
+def comparison_table(rows: Sequence[Row]) -> str:
+    """All columns of all methods, in Markdown."""
     columns = {**QUALITY, **COST}
     cells = [[f"`{show(row)}`" if name == "method" else show(row) for name, show in columns.items()] for row in rows]
-    lines = ["# Methods compared", "", *_protocol(facts), "", markdown(list(columns), cells)]
-    lines += [f"- {note}" for note in _notes(rows)] + ["", "What the numbers are:", ""]
+    return markdown(list(columns), cells)
+
+
+def as_markdown(facts: Row, rows: Sequence[Row]) -> str:
+    """The comparison as a page of Markdown."""
+    lines = ["# Methods compared", "", *_protocol(facts), "", comparison_table(rows)]
+    lines += [f"- {note}" for note in notes(rows)] + ["", "What the numbers are:", ""]
     lines += [f"- *{name}*: {text}" for name, text in DEFINITIONS.items()]
     return "\n".join([*lines, "", "Made with:", "", "```bash", facts["command"], "```", ""])
 
@@ -256,21 +281,24 @@ def _protocol(facts: Row) -> list[str]:
     ]
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What has to be said beside the table: cost, order over seeds, edges of the search, what is not comparable."""
     searched = sum(row["search_seconds"] for row in rows)
     trained = sum(run["seconds"] for row in rows for run in row["runs"])
-    notes = [
+    said = [
         f"The search took {searched:.0f} s of training, the final runs {trained:.0f} s (runs side by side count each)."
     ]
+    if orders(rows):
+        said.append(_order_note(rows))
     if any(row["at_edge"] for row in rows):
-        notes.append("`*`: the best rate is the smallest or largest that was tried; a better one may lie beyond.")
+        said.append("`*`: the best rate is the smallest or largest that was tried; a better one may lie beyond.")
     if len({run["pixels_hash"] for row in rows for run in row["runs"]}) > 1:
-        notes.append(
+        said.append(
             "**The runs were not judged on the same images: the photographs changed in between. Do not rank them.**"
         )
     if len({f"{row['bits']:.1f}" for row in rows if row["rate_name"]}) > 1:
-        notes.append("The methods spend different numbers of bits (column *bits*): more of them should give more PSNR.")
-    return notes
+        said.append("The methods spend different numbers of bits (column *bits*): more of them should give more PSNR.")
+    return said
 
 
 def as_json(facts: Row, rows: Sequence[Row], findings: Sequence[Finding]) -> str:
@@ -280,7 +308,12 @@ def as_json(facts: Row, rows: Sequence[Row], findings: Sequence[Finding]) -> str
     }
     shown = [{**row, "search": searched[row["method"]]} for row in rows]
     versions = {"steadyvq": steadyvq.__version__, "torch": torch.__version__}
-    return json.dumps({**facts, **versions, "definitions": DEFINITIONS, "methods": shown}, indent=1) + "\n"
+    return (
+        json.dumps(
+            {**facts, **versions, "definitions": DEFINITIONS, "orders": orders(rows), "methods": shown}, indent=1
+        )
+        + "\n"
+    )
 
 
 def _provenance(run: Path) -> Row:
