@@ -7,9 +7,11 @@ import pytest
 import torch
 from cases import LAYOUTS, NAMES, build, layout_shape, normal, same, seen, state, trains_otherwise
 from exemptions import EXEMPT
+from two_processes import one_step, split_step
 
 import steadyvq
 from steadyvq.quantizers.scalar import ScalarQuantizer
+from steadyvq.quantizers.vector import VectorQuantizer
 
 
 @pytest.fixture(autouse=True)
@@ -212,10 +214,7 @@ class TestContract:
 
     @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
     def test_a_broken_latent_spoils_no_code(self, name, broken):
-        codes = getattr(build(name), "codes", None)
-        copies = codes is None or not codes.cannot_copy
-        parts = {"replace": {"patience": 0.5, "cap": 1.0}} if copies else {}
-        vq = build(name, maintenance=parts, temperature={"effective_losers": 4})
+        vq = build(name, maintenance=replacement(name), temperature={"effective_losers": 4})
         for step in range(20):
             z = normal(32, vq.dim, seed=step) + 5
             if step == 3:
@@ -267,3 +266,27 @@ class TestContract:
                 outs.append(small(z[first : first + 16]))
             small.update(outs)
         torch.testing.assert_close(state(large), state(small))
+
+    def test_two_processes_equal_one(self, name):
+        """Unequal shares, masked latents, codes replaced: averaged gradients and states are those of the whole batch."""
+        parts = replacement(name)
+        vq = one = build(name, **({"maintenance": parts} if parts else {})).double()
+        events = {}
+        for step in range(8):
+            z, upstream = normal(24, vq.dim, seed=step).double(), normal(24, vq.dim, seed=50 + step).double()
+            mask = torch.rand(24, generator=torch.Generator().manual_seed(step)) < 0.8
+            grads, _, out = one_step(one, z, mask, upstream)
+            averaged, (vq, other) = split_step(vq, z, mask, upstream, cut=7)
+            torch.testing.assert_close(averaged, grads, rtol=1e-8, atol=1e-12)
+            for key, value in one.update(out).items():
+                events[key] = events.get(key, 0) + value
+            assert same(state(vq), state(other))
+            torch.testing.assert_close(state(vq), state(one))
+        assert not parts or events["replaced"] > 0
+
+
+def replacement(name: str) -> dict[str, object]:
+    """Maintenance that replaces codes within a few steps, where the codes of a method can be copied."""
+    vq = build(name)
+    cannot = isinstance(vq, ScalarQuantizer) or (isinstance(vq, VectorQuantizer) and vq.codes.cannot_copy)
+    return {} if cannot else {"replace": {"patience": 0.5, "cap": 1.0}}

@@ -27,8 +27,10 @@ class Pair:
 
     def join(self, vq: steadyvq.Quantizer, rank: int) -> None:
         """Makes a quantizer that of one process."""
-        vq.reduce = lambda tensor: sum(self._exchange(rank, tensor))
-        vq.gather = lambda rows: torch.cat(self._exchange(rank, rows))
+        for layer in vq.modules():
+            if isinstance(layer, steadyvq.Quantizer):
+                layer.reduce = lambda tensor: sum(self._exchange(rank, tensor))
+                layer.gather = lambda rows: torch.cat(self._exchange(rank, rows))
 
     def run(self, work: Callable[[int], None]) -> None:
         """Does the work of both."""
