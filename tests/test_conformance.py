@@ -13,7 +13,7 @@ from cases import LAYOUTS, NAMES, build, layout_shape, normal, same, seen, state
 import steadyvq
 from steadyvq.quantizers.scalar import ScalarQuantizer
 
-GRIDS = ("bsq", "fsq", "fsq_symmetric", "lfq")
+GRIDS = ("bsq", "fsq", "fsq_symmetric", "ifsq", "lfq")
 EXEMPT: dict[tuple[str, str], str] = {
     ("grouped", "test_index_is_the_nearest_row_of_the_codebook"): "one table per group (test_methods_wrappers.py)",
     ("residual", "test_index_is_the_nearest_row_of_the_codebook"): "one table per layer (test_methods_wrappers.py)",
@@ -34,6 +34,7 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("bsq", "test_straight_through_gradient"): "by definition it passes through the map to the sphere",
     ("fsq", "test_straight_through_gradient"): "by definition it passes through the bound",
     ("fsq_symmetric", "test_straight_through_gradient"): "by definition it passes through the bound",
+    ("ifsq", "test_straight_through_gradient"): "by definition it passes through the bound",
 }
 """(method, check) -> reason."""
 
