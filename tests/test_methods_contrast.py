@@ -82,6 +82,19 @@ class TestCodeContrast:
         torch.testing.assert_close(loss.double(), dense, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(grad.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
+    def test_compiled_and_under_autocast_it_is_the_same(self):
+        vq = codebook(5, temperature=1.0).float()
+        z = normal(30, D, seed=3)
+        loss = vq(z).loss
+        (expected,) = torch.autograd.grad(loss, vq.codes.base)
+        compiled = torch.compile(vq, backend="aot_eager", fullgraph=True)(z).loss
+        assert torch.equal(compiled, loss)
+        assert torch.equal(torch.autograd.grad(compiled, vq.codes.base)[0], expected)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(vq(z).loss, loss)
+        arguments = (z, vq.codebook(), torch.ones(30), 1.0, 0.5, False)
+        torch.library.opcheck(torch.ops.steadyvq.contrast.default, arguments)
+
     def test_it_couples_the_batch_and_says_what_it_cannot_do(self):
         assert codebook(5).batch_coupled == ("contrastive",)
         with pytest.raises(ValueError, match="by 'l2' or 'cosine'"):
