@@ -11,10 +11,9 @@ the form over the rate of torch.mm at the same shape in the same process, plus o
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 import time
+
+from fresh import in_fresh_process, peak_bytes
 
 FORMS = ("nsvq", "dense", "cdist")
 
@@ -46,7 +45,7 @@ def step(form: str, num_codes: int, dim: int, count: int) -> dict[str, float]:
         with torch.no_grad():
             torch.cdist(latents, table).argmin(1)
     seconds = time.perf_counter() - start
-    return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "seconds": seconds}
+    return {"peak_bytes": peak_bytes(), "seconds": seconds}
 
 
 def dense(z, table):
@@ -79,15 +78,6 @@ def _timed(call) -> float:
     return time.perf_counter() - start
 
 
-def in_fresh_process(form: str, size: list[str]) -> dict[str, float]:
-    """The numbers of a form, measured in a process of its own."""
-    command = [sys.executable, __file__, "--child", form, *size]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        return {"failed": 1.0}
-    return json.loads(done.stdout)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-codes", type=int, default=65536)
@@ -106,13 +96,15 @@ def main() -> None:
         return
     size = ["--num-codes", str(k), "--dim", str(d), "--count", str(n)]
     matrix = 4 * n * k
-    base = in_fresh_process("none", size)
-    least = in_fresh_process("floor", size)["seconds"]
+    base, bound = (in_fresh_process(__file__, what, *size) for what in ("none", "floor"))
+    assert base is not None, "the process without the call failed"
+    assert bound is not None, "the process that times the floor failed"
+    least = bound["seconds"]
     print(f"N={n} K={k} d={d}; one N x K float32 matrix is {matrix / 1e6:.0f} MB; floor {least:.2f} s")
     results = {}
     for form in arguments.forms:
-        measured = in_fresh_process(form, size)
-        if "failed" in measured:
+        measured = in_fresh_process(__file__, form, *size)
+        if measured is None:
             print(f"{form:6s} did not finish (out of memory?)")
             continue
         extra = measured["peak_bytes"] - base["peak_bytes"]

@@ -75,6 +75,44 @@ class TestFSQ:
                 assert z.grad[i, k].item() == pytest.approx(1 - math.tanh(x) ** 2, abs=1e-7)
             assert out.indices[i] == index
 
+    @pytest.mark.parametrize("levels", [[17, 17], [5, 3, 9], [7]], ids=str)
+    def test_ifsq_against_a_loop_of_its_equation(self, levels):
+        vq = grid("ifsq", levels).double()
+        z = spread(400, len(levels)).requires_grad_()
+        out = vq(z)
+        out.z_q.sum().backward()
+        for i, row in enumerate(z.tolist()):
+            index, step = 0, 1
+            for k, (x, count) in enumerate(zip(row, levels, strict=True)):
+                half, sigmoid = (count - 1) // 2, 1 / (1 + math.exp(-1.6 * x))
+                level = round((2 * sigmoid - 1) * half)
+                index += (level + half) * step
+                step *= count
+                assert out.z_q[i, k].item() == pytest.approx(level / half, abs=1e-7)
+                assert z.grad[i, k].item() == pytest.approx(3.2 * sigmoid * (1 - sigmoid), abs=1e-7)
+            assert out.indices[i] == index
+
+    def test_the_bound_of_ifsq_makes_normal_latents_almost_uniform(self):
+        """The largest distance of the distribution functions; that of tanh is twice as large."""
+        z = torch.special.ndtri((torch.arange(1000) + 0.5).double() / 1000)[:, None]
+        uniform = 2 * (torch.arange(1000) + 0.5).double() / 1000 - 1
+        distance = {
+            name: (grid(name, [17]).double().project(z)[:, 0] - uniform).abs().max() / 2
+            for name in ("fsq_symmetric", "ifsq")
+        }
+        assert distance["ifsq"] < 0.021
+        assert distance["fsq_symmetric"] > 2 * distance["ifsq"]
+
+    def test_levels_of_ifsq(self):
+        """As many in every feature where the size is such a power of an odd number, else those of FSQ."""
+        assert build("ifsq", 17**4, 4).grid.levels == [17] * 4
+        assert build("ifsq", 1125, 4, levels=[9, 5, 5, 5]).grid.levels == [9, 5, 5, 5]
+        assert build("ifsq", 1000, 4).grid.levels == [8, 5, 5, 5]
+        with pytest.raises(ValueError, match=r"recommends no levels"):
+            build("ifsq", 100, 2)
+        with pytest.raises(ValueError, match="num_codes is True"):
+            build("ifsq", True, 1)
+
     def test_where_zero_lies(self):
         """Centred: exactly where the code 0 is; official: nearly. Symmetric with even levels: above the middle."""
         zero = torch.zeros(1, 4)

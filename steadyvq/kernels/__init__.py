@@ -4,9 +4,9 @@
 `nearest` is exact: the same latent gets the same code at every batch size, block size, backend, autocast state and
 matmul precision. `soft_statistics` reduces the weights softmax(-D / tau) over rows and columns, and `non_stationary`
 makes the loss of that name, with its gradient in closed form, out of those reductions. `soft` (one-hot estimators,
-entropies, Gumbel draws), `pulls` (dense pulls on the codebook), `sinkhorn` (balanced assignment) and `hashing` (noise by
-position) hold what single methods need, in blocks as well. Two backends share one
-contract: `reference` (dense float64 definitions, for tests) and `streaming` (blocks, any device).
+entropies, Gumbel draws), `pulls` (dense pulls on the codebook), `sinkhorn` (balanced assignment), `contrast` (near and far
+latents of every code) and `hashing` (noise by position) hold what single methods need, in blocks as well. Two backends
+share one contract: `reference` (dense float64 definitions, for tests) and `streaming` (blocks, any device).
 
 Shapes: N latents, K codes, d dimensions.
 """

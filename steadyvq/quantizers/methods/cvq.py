@@ -7,6 +7,11 @@
     anchor_j: `closest` the latent nearest to code j; `random` one of a pool of past latents;
               `probabilistic` a latent drawn with probability softmax_i(-|z_i - e_j|^2)
 
+Optional, `losses={"contrastive": 1.0}`: every code is drawn to the N/K latents nearest to it and away from the farther half,
+
+    L_con = mean_j -log( exp(s+_j / 0.07) / (exp(s+_j / 0.07) + sum_{i in F_j} exp(s_ij / 0.07)) ),   s_ij = -|sg[z_i] - e_j|^2
+    s+_j the mean of the max(1, N // K) largest s_ij,   F_j the N // 2 latents with the smallest
+
 p = 0 gives alpha = 0.999 and p = 1/K gives e^-1000: at the first steps the whole codebook is placed on data, afterwards only
 codes move that are used a hundred times less than their share.
 
@@ -14,12 +19,14 @@ Source: Zheng and Vedaldi, arXiv 2307.15139.
 Differs from the source: distances are Euclidean (its configurations take the cosine for the look-up; its class has both); the
 move comes after the optimiser step, in `update`, not between forward and backward, and resets the optimiser's moments of the
 rows it moves; use and anchors are those of all processes (in the official code each process has its own, and codebooks
-diverge); the pool is saved; the optional contrastive loss is left out. With fewer latents than dead codes several codes get
-the same `closest` anchor and stay equal until another anchor splits them.
+diverge); the pool is saved. The contrastive loss is off, as in the official code unless asked for, where it has weight 1
+and the score of the look-up: `losses={"contrastive": {"score": "cosine"}}` is the one of cosine look-ups. With fewer latents
+than dead codes several codes get the same `closest` anchor and stay equal until another anchor splits them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -27,10 +34,12 @@ from torch import Tensor
 
 from steadyvq import kernels
 from steadyvq.kernels import soft
+from steadyvq.kernels.contrast import contrast
 from steadyvq.quantizers import noise
-from steadyvq.quantizers.base import Quantizer, unit
+from steadyvq.quantizers.base import Assignment, Quantizer, unit
 from steadyvq.quantizers.codebooks import Codebook, FreeCodebook, FrozenCodebook
 from steadyvq.quantizers.compose import compose
+from steadyvq.quantizers.losses import LOSSES
 from steadyvq.quantizers.maintenance import MAINTENANCE, Maintenance, UpdateBatch
 from steadyvq.quantizers.registry import register
 
@@ -125,7 +134,49 @@ class Anchor(Maintenance):
         self.filled.add_(min(room, count))
 
 
+@dataclass
+class CodeContrast:
+    """L_con: draws each code to the latents nearest to it and away from the farther half of them; no gradient to latents.
+
+    Every code counts alike, used or not. Neighbours are sought among the latents of this process, as in the official code.
+
+    Attributes:
+        weight: 1 in the official class, where it is switched on.
+        score: s, `l2` or `cosine`.
+        temperature: 0.07 in the official class.
+        negatives: Share of the latents that a code is driven away from.
+    """
+
+    weight: float = 1.0
+    score: Literal["l2", "cosine"] = "l2"
+    temperature: float = 0.07
+    negatives: float = 0.5
+    batch_coupled = True
+
+    def __post_init__(self) -> None:
+        if self.score not in ("l2", "cosine"):
+            raise ValueError(f"score is {self.score!r}, but codes are contrasted by 'l2' or 'cosine'")
+        if not self.temperature > 0 or not 0 < self.negatives <= 1:
+            raise ValueError(
+                f"temperature={self.temperature}, negatives={self.negatives}, but the contrastive loss needs "
+                "temperature > 0 and 0 < negatives <= 1"
+            )
+
+    def __call__(self, a: Assignment) -> Tensor:
+        """The contrastive loss (0-d)."""
+        z, table = (a.z, a.table) if self.score == "l2" else (unit(a.z), unit(a.table))
+        return contrast(
+            z,
+            table,
+            temperature=self.temperature,
+            negatives=self.negatives,
+            row_weight=a.counted.to(z.dtype),
+            score="l2" if self.score == "l2" else "dot",
+        )
+
+
 MAINTENANCE["anchor"] = Anchor
+LOSSES["contrastive"] = CodeContrast
 
 PARTS: dict[str, Any] = {
     "codebook": "free",

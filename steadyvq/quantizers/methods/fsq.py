@@ -14,12 +14,18 @@ vector-quantize-pytorch. tan and artanh agree to third order: the forms hardly d
 
     b = tanh(z),   q = 2 / (l - 1) floor((l - 1)(b + 1) / 2 + 1/2) - 1
 
+`ifsq` (iFSQ) has b = 2 sigmoid(1.6 z) - 1 = tanh(0.8 z) in its place, which is almost uniform over (-1, 1) where z is standard
+normal. For odd l, which the official code insists on, q = round(h b) / h with h = (l - 1) / 2. The two outer levels are half as
+wide as the others, so a uniform b does not mean evenly used levels.
+
 Levels: the paper recommends sets for sizes near powers of two, and `num_codes` picks one by the power or by the product
-(2^16 gives 8 8 8 5 5 5, which are 64,000 codes: `quantizer.num_codes` says so); `levels=[...]` gives any other.
+(2^16 gives 8 8 8 5 5 5, which are 64,000 codes: `quantizer.num_codes` says so); `levels=[...]` gives any other. In iFSQ all
+features have the same number of levels, 2^b + 1 for "b bits", and l^d codes are l levels each if l is odd.
 
 Source: FSQ, arXiv 2309.15505, appendix A.1 (JAX) and the table of levels; symmetric form: arXiv 2411.19842, section 3.2,
-without its training noise. Differs from the source: a level is found by thresholds on z rather than by rounding b, which is the
-same but for latents within rounding error of a threshold, and makes tokens independent of batch, layout and device.
+without its training noise; iFSQ: arXiv 2601.17124 and its code (17 levels in each of 4 features). Even l in `ifsq` are ours.
+Differs from the source: a level is found by thresholds on z rather than by rounding b, which is the same but for latents within
+rounding error of a threshold, and makes tokens independent of batch, layout and device.
 """
 
 from __future__ import annotations
@@ -49,6 +55,9 @@ RECOMMENDED = {
 EPS = 1e-3
 # Above, (l - 2) / 2 is out of reach of (l - 1)(1 - eps) / 2.
 MOST_LEVELS = 1000
+
+# 2 sigmoid(1.6 z) - 1 = tanh(0.8 z).
+IFSQ_SLOPE = 0.8
 
 FORMS = {"official": (1 - EPS, math.tan), "centred": (1 + EPS, math.atanh)}
 """Factor on h, and what gives s from o / h."""
@@ -92,17 +101,19 @@ class SymmetricScalars(ScalarQuantizer):
 
     Args:
         levels: Number of levels of each feature.
+        slope: Of the bound tanh(slope z) at 0.
         **options: Of `ScalarQuantizer`.
     """
 
-    def __init__(self, levels: Sequence[int], **options: Any) -> None:
-        thresholds = [[math.atanh((2 * k + 1) / (count - 1) - 1) for k in range(count - 1)] for count in levels]
+    def __init__(self, levels: Sequence[int], slope: float = 1.0, **options: Any) -> None:
+        self.slope = slope
+        thresholds = [[math.atanh((2 * k + 1) / (count - 1) - 1) / slope for k in range(count - 1)] for count in levels]
         values = [[2 * k / (count - 1) - 1 for k in range(count)] for count in levels]
         super().__init__(Grid(thresholds, values, rounds_up=True), **options)
 
     def project(self, z: Tensor) -> Tensor:
         """Where the codes live: (-1, 1)."""
-        return torch.tanh(z)
+        return torch.tanh(self.slope * z)
 
 
 @register(
@@ -130,6 +141,23 @@ def fsq_symmetric(num_codes: int, dim: int, **overrides: Any) -> Quantizer:
     """Finite scalar quantization with symmetric levels."""
     options = read_options({"levels": None}, overrides, {"commitment": Commitment})
     return SymmetricScalars(choose_levels(num_codes, dim, options.pop("levels")), **options)
+
+
+@register(
+    "ifsq",
+    paper="iFSQ, arXiv 2601.17124",
+    summary="FSQ whose bound makes normal latents almost uniform",
+    cost="N d, no table",
+    example=(125, 3),
+)
+def ifsq(num_codes: int, dim: int, **overrides: Any) -> Quantizer:
+    """Finite scalar quantization with a bound that matches the distribution; num_codes = l^dim gives l levels each."""
+    options = read_options({"levels": None}, overrides, {"commitment": Commitment})
+    levels = options.pop("levels")
+    if levels is None and isinstance(num_codes, int) and isinstance(dim, int) and num_codes > 0 and dim > 0:
+        each = round(num_codes ** (1 / dim))
+        levels = [each] * dim if each**dim == num_codes and each % 2 and each > 1 else None
+    return SymmetricScalars(choose_levels(num_codes, dim, levels), IFSQ_SLOPE, **options)
 
 
 def choose_levels(num_codes: int, dim: int, levels: Any = None) -> list[int]:

@@ -10,8 +10,11 @@ random mask of both.
 
 Source: Zhang et al., arXiv 2303.06424, from public notes on the paper; there is no official code.
 Reconstructed: l_ij = -|z_i - e_j|^2 where the paper predicts K channels, tau = 1, the weight 5e-4 of the prior and the terms
-commitment and codebook (0.25 and 1). Its probabilistic contrastive loss compares features of a VGG network and is no part of
-a quantizer: it is left out.
+commitment and codebook (0.25 and 1).
+Left out: its probabilistic contrastive loss. It compares patches of VGG features of image and reconstruction, so that it is a
+loss of the task and not of a quantizer. The public text fixes neither its temperature nor its weight, and as written there,
+-log(w_i x_i / (w_i x_i + ...)) with w_i the squared distance of the drawn to the best code, it is infinite wherever the best
+code was taken.
 """
 
 from __future__ import annotations
