@@ -402,6 +402,9 @@ TWO = [
     ("neural_gas", {}),
     ("mmd_vq", {"losses": {"mmd": 2.0}}),
     ("wasserstein_vq", {"losses": {"wasserstein": 2.0}}),
+    ("ema", {}),
+    ("nsvq", {"losses": {"ns": {"weight": 1.0, "per_code": True}}}),
+    ("nsvq", {"temperature": {"effective_losers": 3}}),
 ]
 
 
