@@ -103,7 +103,11 @@ def test_tables_agree_with_code_and_evidence():
         assert tables.updated(text) == text, f"{path.name}: run python -m steadyvq.experiments.tables --write"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "evidence").glob("*.json")), ids=lambda p: p.stem)
+# tests/test_mutants.py holds the record of mutants to its list.
+RUNS = [path for path in sorted((ROOT / "docs" / "evidence").glob("*.json")) if path.stem != "mutants"]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
 def test_evidence_names_its_configurations_and_was_rechecked(path):
     record = json.loads(path.read_text())
     for run in record["runs"]:
