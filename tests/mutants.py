@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -202,12 +202,24 @@ def commit() -> str:
     return head + ("+" if changed else "")
 
 
+def write(path: Path, mutants: list[Mutant], verdicts: dict[Mutant, dict[str, Any]]) -> None:
+    """Writes verdicts to a record, in the order of the list; those that are there already stay if their entries do."""
+    names = [field.name for field in fields(Mutant)]
+    old = json.loads(path.read_text())["mutants"] if path.exists() else []
+    known = {Mutant(*(row[name] for name in names)): row for row in old}
+    fresh = {m: {**asdict(m), **verdict} for m, verdict in verdicts.items()}
+    rows = [fresh.get(m) or known[m] for m in mutants if m in fresh or m in known]
+    killed = sum(row["outcome"] == "killed" for row in rows)
+    record = {"experiment": "mutants", "killed": killed, "total": len(mutants), "mutants": rows}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the chosen mutants; 0 if all were killed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="mutants whose part, file or error contains this")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="how many at a time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results into this record")
     parser.add_argument("--list", type=Path, default=LISTS, metavar="PATH", help="other mutants: a file or a folder")
     parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="longer than this is a hang")
     given = parser.parse_args(arguments)
@@ -221,6 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     if missing or not mutants:
         print("\n".join(missing) or f"no mutant contains {given.only!r}", file=sys.stderr)
         return 1
+    tested = commit()
     with tempfile.TemporaryDirectory() as temporary:
         folders = [copy(Path(temporary).resolve() / f"copy{i}") for i in range(max(1, given.jobs))]
         failing = check_baseline(mutants, folders, given.timeout)
@@ -236,9 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     killed = sum(verdict["outcome"] == "killed" for verdict in verdicts.values())
     print(f"mutants killed / total: {killed} / {len(mutants)} = {100 * killed / len(mutants):.0f} %")
     if given.json:
-        rows = [{"part": m.part, "file": m.file, "wrong": m.wrong, "tests": m.tests, **verdicts[m]} for m in chosen]
-        record = {"experiment": "mutants", "commit": commit(), "killed": killed, "total": len(mutants), "mutants": rows}
-        given.json.write_text(json.dumps(record, indent=1) + "\n")
+        write(given.json, read(given.list), {m: {**verdicts[m], "commit": tested} for m in verdicts})
     return int(killed < len(mutants))
 
 
