@@ -148,7 +148,7 @@ def run_all(
             if mutant:
                 shutil.copy(ROOT / "steadyvq" / mutant.file, folder / "steadyvq" / mutant.file)
             free.append(folder)
-            yield number, _verdict(folder, process.exitcode, late) | {"seconds": round(time.monotonic() - start, 1)}
+            yield number, _verdict(folder, process.exitcode, late)
 
 
 def _verdict(folder: Path, exitcode: int, late: bool) -> dict[str, Any]:
@@ -202,15 +202,19 @@ def commit() -> str:
     return head + ("+" if changed else "")
 
 
+def known(path: Path) -> dict[Mutant, dict[str, Any]]:
+    """The rows of a record by their entries."""
+    names = [field.name for field in fields(Mutant)]
+    rows = json.loads(path.read_text())["mutants"] if path.exists() else []
+    return {Mutant(*(row[name] for name in names)): row for row in rows}
+
+
 def write(path: Path, mutants: list[Mutant], verdicts: dict[Mutant, dict[str, Any]]) -> None:
     """Writes verdicts to a record, in the order of the list; those that are there already stay if their entries do."""
-    names = [field.name for field in fields(Mutant)]
-    old = json.loads(path.read_text())["mutants"] if path.exists() else []
-    known = {Mutant(*(row[name] for name in names)): row for row in old}
-    fresh = {m: {**asdict(m), **verdict} for m, verdict in verdicts.items()}
-    rows = [fresh.get(m) or known[m] for m in mutants if m in fresh or m in known]
-    killed = sum(row["outcome"] == "killed" for row in rows)
-    record = {"experiment": "mutants", "killed": killed, "total": len(mutants), "mutants": rows}
+    rows = known(path) | {m: {**asdict(m), **verdict} for m, verdict in verdicts.items()}
+    kept = [rows[m] for m in mutants if m in rows]
+    killed = sum(row["outcome"] == "killed" for row in kept)
+    record = {"experiment": "mutants", "killed": killed, "total": len(mutants), "mutants": kept}
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -220,10 +224,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="mutants whose part, file or error contains this")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="how many at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results into this record")
+    parser.add_argument("--missing", action="store_true", help="only those that the record does not have as killed")
     parser.add_argument("--list", type=Path, default=LISTS, metavar="PATH", help="other mutants: a file or a folder")
     parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="longer than this is a hang")
     given = parser.parse_args(arguments)
-    mutants = [m for m in read(given.list) if any(given.only in text for text in (m.part, m.file, m.wrong))]
+    listed = read(given.list)
+    mutants = [m for m in listed if any(given.only in text for text in (m.part, m.file, m.wrong))]
+    if given.missing and given.json:
+        done = known(given.json)
+        mutants = [m for m in mutants if done.get(m, {}).get("outcome") != "killed"]
     missing = []
     for mutant in mutants:
         try:
@@ -243,13 +252,13 @@ def main(arguments: list[str] | None = None) -> int:
         verdicts: dict[Mutant, dict[str, Any]] = {}
         for number, verdict in run_all([(m.tests, m) for m in chosen], folders, given.timeout):
             m = chosen[number]
-            verdicts[m] = verdict
+            verdicts[m] = {**verdict, "commit": tested}
+            if given.json:
+                write(given.json, listed, verdicts)
             word = {"passed": "SURVIVED", "killed": "killed by", "broken": "BROKEN"}[verdict["outcome"]]
             print(f"[{len(verdicts)}/{len(chosen)}] {m.part}: {m.wrong}: {word} {verdict['by'] or m.tests}", flush=True)
     killed = sum(verdict["outcome"] == "killed" for verdict in verdicts.values())
     print(f"mutants killed / total: {killed} / {len(mutants)} = {100 * killed / len(mutants):.0f} %")
-    if given.json:
-        write(given.json, read(given.list), {m: {**verdicts[m], "commit": tested} for m in verdicts})
     return int(killed < len(mutants))
 
 
