@@ -282,6 +282,40 @@ class TestMaintenance:
             events = [vq.update(vq(normal(batch, D, seed=i)))["replaced"] > 0 for i in range(steps)]
             assert events == [False] * (steps - 1) + [True]
 
+    def test_one_hit_in_the_window_keeps_a_code(self):
+        vq = steadyvq.build_quantizer(
+            "nsvq", num_codes=K, dim=D, maintenance={"replace": {"patience": 4.0, "cap": 1.0}}
+        )
+        table = 10 * normal(K, D)
+        vq.codes.set_rows_(table)
+        # 40 latents a step: a code that counts as missed in three of them is dead.
+        for step in range(30):
+            z = table[LIVE:].repeat(3, 1)
+            assert vq.update(vq(torch.cat([z, table[:LIVE]])))["replaced"] == 0, step
+
+    def test_jitter_is_a_share_of_the_cells_radius(self):
+        """The mean square of a copy's distance to its donor is jitter^2 D_j, whatever the scale of the latents."""
+        count, live = 800, 400
+        for scale in (0.1, 3.0):
+            vq = steadyvq.build_quantizer(
+                "nsvq", num_codes=count, dim=D, maintenance={"replace": {"patience": 0.4, "cap": 1.0, "jitter": 0.01}}
+            )
+            table = scale * torch.cat([100 * normal(live, D), 1e5 + normal(count - live, D)])
+            vq.codes.set_rows_(table)
+            error = scale * normal(live, D, seed=3)
+            out = vq(table[:live] + error)
+            assert torch.equal(out.indices, torch.arange(live))
+            assert vq.update(out)["replaced"] == count - live
+            moved = torch.cdist(vq.codebook()[live:].double(), table[:live].double()).min(1)
+            assert len(moved.indices.unique()) == live
+            expected = 0.01**2 * error.square().sum(1).mean()
+            assert moved.values.square().mean().item() == pytest.approx(expected.item(), rel=0.15)
+
+    def test_events_come_every_so_many_updates(self):
+        vq = self.dying(cap=0.1, every=3)
+        events = [vq.update(vq(normal(48, D, seed=i)))["replaced"] for i in range(9)]
+        assert events == [0.0, 0.0, 2.0, 0.0, 0.0, 2.0, 0.0, 0.0, 2.0]
+
     def test_adam_moments_and_average_of_replaced_rows_are_reset(self):
 
         vq = self.dying(cap=1.0)
