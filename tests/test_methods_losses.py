@@ -426,3 +426,25 @@ def test_two_processes_are_one_with_the_whole_batch(name, overrides):
         ):
             assert torch.equal(a, b), f"{key} differs between processes"
             torch.testing.assert_close(a, c)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("ema", {}),
+        ("soft_em", {}),
+        ("cvq", {}),
+        ("nsvq", {"temperature": {"effective_losers": 3}}),
+        ("nsvq", {"maintenance": {"replace": {"patience": 0.5}}}),
+    ],
+    ids=["ema", "soft_ema", "anchor", "temperature", "replace"],
+)
+def test_masked_latents_are_no_part_of_the_bookkeeping(name, overrides):
+    masked, alone = small(name, **overrides), small(name, **overrides)
+    for number in range(3):
+        z = latents(seed=number, count=40)
+        mask = torch.rand(40, generator=torch.Generator().manual_seed(number)) < 0.5
+        masked.update(masked(z, mask))
+        alone.update(alone(z[mask]))
+        for (key, a), b in zip(masked.state_dict().items(), alone.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b, msg=lambda said, key=key: f"{key}: {said}")

@@ -290,8 +290,10 @@ class TestMaintenance:
         vq.codes.set_rows_(table)
         # 40 latents a step: a code that counts as missed in three of them is dead.
         for step in range(30):
-            z = table[LIVE:].repeat(3, 1)
-            assert vq.update(vq(torch.cat([z, table[:LIVE]])))["replaced"] == 0, step
+            z = torch.cat([table[LIVE:].repeat(3, 1), table[:LIVE]])
+            out = vq(z + 0.01 * normal(len(z), D, seed=step))
+            assert (torch.bincount(out.indices)[:LIVE] == 1).all()
+            assert vq.update(out)["replaced"] == 0, step
 
     def test_jitter_is_a_share_of_the_cells_radius(self):
         """The mean square of a copy's distance to its donor is jitter^2 D_j, whatever the scale of the latents."""
