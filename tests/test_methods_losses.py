@@ -329,7 +329,7 @@ class TestAnchors:
     def test_random_anchors_come_from_a_pool_of_the_past(self):
         vq = small("cvq", maintenance={"anchor": {"anchors": "random"}})
         part = vq.maintenance["anchor"]
-        everything = []
+        everything, past = [], 0
         for step in range(5):
             part.usage.zero_()
             z = latents(seed=step, count=4)
@@ -341,7 +341,9 @@ class TestAnchors:
             hit = torch.bincount(vq(z).indices, minlength=K)
             near = torch.cdist(anchors, pool).amin(1)
             assert (near[part.usage == 0] < 1e-6).all()
+            past += int((torch.cdist(anchors, z).amin(1)[part.usage == 0] > 1e-6).sum())
             assert hit.sum() == 4
+        assert past > 0, "some anchors are latents of earlier steps"
         assert int(part.filled) == K
         assert torch.cdist(part.pool, torch.cat(everything)).amin(1).max() < 1e-9
         assert len(part.pool.unique(dim=0)) > K // 2
