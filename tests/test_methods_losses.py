@@ -329,7 +329,7 @@ class TestAnchors:
     def test_random_anchors_come_from_a_pool_of_the_past(self):
         vq = small("cvq", maintenance={"anchor": {"anchors": "random"}})
         part = vq.maintenance["anchor"]
-        everything = []
+        everything, past = [], 0
         for step in range(5):
             part.usage.zero_()
             z = latents(seed=step, count=4)
@@ -341,7 +341,9 @@ class TestAnchors:
             hit = torch.bincount(vq(z).indices, minlength=K)
             near = torch.cdist(anchors, pool).amin(1)
             assert (near[part.usage == 0] < 1e-6).all()
+            past += int((torch.cdist(anchors, z).amin(1)[part.usage == 0] > 1e-6).sum())
             assert hit.sum() == 4
+        assert past > 0, "some anchors are latents of earlier steps"
         assert int(part.filled) == K
         assert torch.cdist(part.pool, torch.cat(everything)).amin(1).max() < 1e-9
         assert len(part.pool.unique(dim=0)) > K // 2
@@ -402,6 +404,9 @@ TWO = [
     ("neural_gas", {}),
     ("mmd_vq", {"losses": {"mmd": 2.0}}),
     ("wasserstein_vq", {"losses": {"wasserstein": 2.0}}),
+    ("ema", {}),
+    ("nsvq", {"losses": {"ns": {"weight": 1.0, "per_code": True}}}),
+    ("nsvq", {"temperature": {"effective_losers": 3}}),
 ]
 
 
@@ -423,3 +428,25 @@ def test_two_processes_are_one_with_the_whole_batch(name, overrides):
         ):
             assert torch.equal(a, b), f"{key} differs between processes"
             torch.testing.assert_close(a, c)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("ema", {}),
+        ("soft_em", {}),
+        ("cvq", {}),
+        ("nsvq", {"temperature": {"effective_losers": 3}}),
+        ("nsvq", {"maintenance": {"replace": {"patience": 0.5}}}),
+    ],
+    ids=["ema", "soft_ema", "anchor", "temperature", "replace"],
+)
+def test_masked_latents_are_no_part_of_the_bookkeeping(name, overrides):
+    masked, alone = small(name, **overrides), small(name, **overrides)
+    for number in range(3):
+        z = latents(seed=number, count=40)
+        mask = torch.rand(40, generator=torch.Generator().manual_seed(number)) < 0.5
+        masked.update(masked(z, mask))
+        alone.update(alone(z[mask]))
+        for (key, a), b in zip(masked.state_dict().items(), alone.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b, msg=lambda said, key=key: f"{key}: {said}")

@@ -112,6 +112,8 @@ class TestIndexBackpropagation:
         z = latents(count=200)
         expected = (z @ vq.codebook().T).argmax(1)
         assert torch.equal(vq.encode(z), expected)
+        error = (z - vq.codebook()[expected]).square().sum(1)
+        torch.testing.assert_close(vq(z).assignment.distance, error)
         baked = vq.bake()
         again = steadyvq.build_quantizer(**baked.spec).double()
         again.load_state_dict(baked.state_dict())
@@ -314,6 +316,12 @@ class TestBalanced:
         assert used.min() > 0.5 * 500 / K
         assert used.max() < 2 * 500 / K
         assert torch.bincount(vq.eval()(z).indices, minlength=K).min() < 0.2 * 500 / K
+
+    def test_masked_latents_take_no_part_in_the_balance(self):
+        vq = small("optvq", codebook="free")
+        z = 1 + latents(count=300)
+        mask = torch.rand(300, generator=torch.Generator().manual_seed(3)) < 0.5
+        assert torch.equal(vq(z, mask).indices[mask], vq(z[mask]).indices)
 
     def test_losses_are_those_of_the_balanced_code(self):
         vq = small("optvq", codebook="free")

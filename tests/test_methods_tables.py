@@ -310,6 +310,15 @@ class TestTheTableIsThatOfTheState:
 
 
 @pytest.mark.parametrize("name", TRANSFORMED)
+def test_a_transform_that_has_learned_places_codes_on_latents(name):
+    vq = build(name)
+    if vq.places_codes:
+        z = 3 * normal(200, vq.dim, seed=8)
+        vq.init_from(z, method="data")
+        assert torch.cdist(vq.codebook().double(), z.double()).amin(1).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
 class TestTheKeptTable:
     def counted(self, name, monkeypatch):
         vq = build(name).eval()
@@ -643,6 +652,17 @@ class TestSimVQ:
         for i, q in enumerate(out.indices.tolist()):
             expected[q] += 2 * (table[q] - z[i]) @ vq.codes.weight.detach() / (5 * D)
         torch.testing.assert_close(grad, expected)
+
+    def test_copied_codes_get_noise_of_that_size(self):
+        vq = build("simvq").double()
+        with torch.no_grad():
+            vq.codes.weight.mul_(5)
+        before, noise = vq.codebook(), normal(2000, D).double()
+        moved = []
+        for row in noise:
+            vq.codes.copy_rows_(torch.tensor([3]), torch.tensor([20]), row[None])
+            moved.append((vq.codebook()[3] - before[20]).square().sum())
+        assert torch.stack(moved).mean().item() == pytest.approx(D, rel=0.1)
 
 
 class TestAnnealing:

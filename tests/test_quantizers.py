@@ -10,6 +10,7 @@ from torch import Tensor
 
 import steadyvq
 from steadyvq.quantizers import Quantized, VectorQuantizer, compose
+from steadyvq.quantizers.initialise import seed_plus_plus
 from steadyvq.quantizers.registry import methods
 from steadyvq.training.average import WeightAverage
 
@@ -134,6 +135,90 @@ class TestEquations:
         assert per_code[1] > 0.5 * per_code[0]
 
 
+BOTH = {"commitment": 0.25, "codebook": 1.0}
+PRESETS = {  # name -> (weights of the losses, names of the maintenance, settings of parts), as the papers and codes have them
+    "affine": ({"commitment": 0.05, "codebook": 0.95}, [], {"estimator.nu": 0.2, "codes.rate": 10.0}),
+    "cvq": (BOTH, ["anchor"], {"maintenance.anchor.decay": 0.99, "maintenance.anchor.sharpness": 10.0}),
+    "diveq": ({}, ["replace"], {"estimator.variance": 5e-3}),
+    "ema": ({"commitment": 0.25}, ["ema"], {"maintenance.ema.decay": 0.99}),
+    "fvq": (BOTH, [], {}),
+    "grit": (BOTH, [], {"estimator.rho": "log"}),
+    "gumbel": (
+        {"prior": 5e-4},
+        ["anneal"],
+        {"maintenance.anneal.floor": 1 / 16, "maintenance.anneal.period": 150_000, "assign.fraction": 1.0},
+    ),
+    "hypervq": (BOTH, [], {"assign.curvature": 1.0, "estimator.curvature": 1.0}),
+    "ibq": (
+        {"index": 1.0, "commitment": 1.0, "codebook": 0.25, "entropy": 0.05},
+        [],
+        {"losses.entropy.temperature": 0.01, "losses.entropy.sample": 1.0, "losses.entropy.batch": 1.0},
+    ),
+    "mmd_vq": ({**BOTH, "mmd": 0.5}, [], {"losses.mmd.contraction": 0.5}),
+    "neural_gas": (
+        {"commitment": 0.25, "gas": 1.0},
+        ["anneal"],
+        {
+            "maintenance.anneal.rate": 1e-3,
+            "maintenance.anneal.floor": 0.01,
+            "maintenance.anneal.period": 40_000,
+        },
+    ),
+    "noise_substitution": ({}, ["replace"], {}),
+    "nsvq": ({**BOTH, "ns": 0.1}, ["replace"], {"losses.ns.per_code": False}),
+    "nsvq_kernel": (
+        {"commitment": 0.25, "kernel": 1.0},
+        ["anneal"],
+        {"losses.kernel.strength": 0.01, "maintenance.anneal.rate": 0.5, "maintenance.anneal.period": 1700},
+    ),
+    "nsvq_transport": (
+        {**BOTH, "transport": 1.0},
+        ["anneal"],
+        {"maintenance.anneal.rate": 0.5, "maintenance.anneal.period": 1700},
+    ),
+    "optvq": ({"commitment": 1.0, "codebook": 0.25}, [], {"assign.epsilon": 10.0, "assign.iterations": 5}),
+    "regvq": ({**BOTH, "usage_prior": 5e-4}, [], {"assign.fraction": 0.4, "estimator.fraction": 0.4}),
+    "rotation": (BOTH, [], {"estimator.__name__": "rotation"}),
+    "simvq": (BOTH, [], {}),
+    "soft_em": ({"commitment": 0.25}, ["soft_ema"], {"maintenance.soft_ema.decay": 0.99}),
+    "transvq": (BOTH, [], {}),
+    "vq": (BOTH, [], {}),
+    "vqgan_fc": (BOTH, [], {"unit_sphere": True}),
+    "vqgan_lc": ({"commitment": 0.1, "codebook": 0.033}, [], {}),
+    "wasserstein_vq": ({**BOTH, "wasserstein": 0.5}, [], {"losses.wasserstein.contraction": 0.5}),
+}
+TEMPERATURES = {"nsvq": 0.35, "neural_gas": 10.0}
+"""Of softmaxes over codes; 1 in the other methods that have one."""
+WITH_SOFTMAX = ("nsvq", "neural_gas", "nsvq_kernel", "nsvq_transport", "ibq", "gumbel", "regvq", "soft_em", "hypervq")
+
+
+def setting(vq: VectorQuantizer, path: str) -> object:
+    """What `maintenance.ema.decay` names."""
+    value: object = vq
+    for key in path.split("."):
+        value = value[key] if isinstance(value, dict | torch.nn.ModuleDict) else getattr(value, key)
+    return value
+
+
+class TestPresets:
+    def test_every_method_with_a_table_is_here(self):
+        tables = [n for n in NAMES if isinstance(build(n), VectorQuantizer)]
+        assert tables == sorted(PRESETS)
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_presets_have_the_weights_of_their_papers(self, name):
+        weights, maintenance, settings = PRESETS[name]
+        vq = build(name)
+        assert {loss: vq.weight(loss) for loss in vq.losses} == weights
+        assert list(vq.maintenance) == maintenance
+        assert {path: setting(vq, path) for path in settings} == settings
+        if name in WITH_SOFTMAX:
+            assert vq.temperature.item() == pytest.approx(TEMPERATURES.get(name, 1.0))
+        out = vq(normal(40, vq.dim))
+        total = sum((weight * out.losses[loss] for loss, weight in weights.items()), torch.zeros(()))
+        torch.testing.assert_close(out.loss, total)
+
+
 LIVE = 16
 
 
@@ -196,6 +281,42 @@ class TestMaintenance:
             vq = self.dying(cap=1.0)
             events = [vq.update(vq(normal(batch, D, seed=i)))["replaced"] > 0 for i in range(steps)]
             assert events == [False] * (steps - 1) + [True]
+
+    def test_one_hit_in_the_window_keeps_a_code(self):
+        vq = steadyvq.build_quantizer(
+            "nsvq", num_codes=K, dim=D, maintenance={"replace": {"patience": 4.0, "cap": 1.0}}
+        )
+        table = 10 * normal(K, D)
+        vq.codes.set_rows_(table)
+        # 40 latents a step: a code that counts as missed in three of them is dead.
+        for step in range(30):
+            z = torch.cat([table[LIVE:].repeat(3, 1), table[:LIVE]])
+            out = vq(z + 0.01 * normal(len(z), D, seed=step))
+            assert (torch.bincount(out.indices)[:LIVE] == 1).all()
+            assert vq.update(out)["replaced"] == 0, step
+
+    def test_jitter_is_a_share_of_the_cells_radius(self):
+        """The mean square of a copy's distance to its donor is jitter^2 D_j, whatever the scale of the latents."""
+        count, live = 800, 400
+        for scale in (0.1, 3.0):
+            vq = steadyvq.build_quantizer(
+                "nsvq", num_codes=count, dim=D, maintenance={"replace": {"patience": 0.4, "cap": 1.0, "jitter": 0.01}}
+            )
+            table = scale * torch.cat([100 * normal(live, D), 1e5 + normal(count - live, D)])
+            vq.codes.set_rows_(table)
+            error = scale * normal(live, D, seed=3)
+            out = vq(table[:live] + error)
+            assert torch.equal(out.indices, torch.arange(live))
+            assert vq.update(out)["replaced"] == count - live
+            moved = torch.cdist(vq.codebook()[live:].double(), table[:live].double()).min(1)
+            assert len(moved.indices.unique()) == live
+            expected = 0.01**2 * error.square().sum(1).mean()
+            assert moved.values.square().mean().item() == pytest.approx(expected.item(), rel=0.15)
+
+    def test_events_come_every_so_many_updates(self):
+        vq = self.dying(cap=0.1, every=3)
+        events = [vq.update(vq(normal(48, D, seed=i)))["replaced"] for i in range(9)]
+        assert events == [0.0, 0.0, 2.0, 0.0, 0.0, 2.0, 0.0, 0.0, 2.0]
 
     def test_adam_moments_and_average_of_replaced_rows_are_reset(self):
 
@@ -342,6 +463,27 @@ class TestInit:
         assert (distance.values < 1e-6).all()
         assert len(distance.indices.unique()) == num_codes
 
+    def test_starts_of_tables(self):
+        """U(-1/K, 1/K), N(0, 1/d) and N(0, 1)."""
+        small, unit, wide = (
+            steadyvq.build_quantizer("vq", num_codes=500, dim=40, init=name).codebook()
+            for name in ("uniform", "normal", "unit_normal")
+        )
+        assert small.abs().max().item() == pytest.approx(1 / 500, rel=0.01)
+        assert small.std().item() == pytest.approx(1 / 500 / 3**0.5, rel=0.02)
+        assert unit.std().item() == pytest.approx(40**-0.5, rel=0.02)
+        assert wide.std().item() == pytest.approx(1, rel=0.02)
+        for table in (unit, wide):
+            scaled = (table - table.mean()) / table.std()
+            assert (scaled**4).mean().item() == pytest.approx(3, rel=0.05), "normal"
+
+    def test_seeds_lie_apart(self):
+        """Among clusters far apart each seed falls into one that has none yet."""
+        centres = 1000 * normal(K, D, seed=9)
+        z = torch.cat([centre + 0.1 * normal(20, D, seed=i) for i, centre in enumerate(centres)])
+        seeds = seed_plus_plus(z, K, torch.Generator().manual_seed(0))
+        assert len(torch.cdist(seeds, centres).argmin(1).unique()) == K
+
     def test_kmeans_beats_a_random_subset(self):
         z = torch.cat([centre + 0.1 * normal(50, D, seed=i) for i, centre in enumerate(5 * normal(K, D, seed=9))])
         errors = {}
@@ -353,8 +495,10 @@ class TestInit:
 
     def test_fewer_latents_than_codes(self):
         vq = steadyvq.build_quantizer("vq", num_codes=K, dim=D)
-        vq.init_from(normal(7, D))
+        z = normal(7, D)
+        vq.init_from(z)
         assert vq.codebook().isfinite().all()
+        assert torch.equal(vq.codebook()[:7], z), "each latent is a code, the rest are jittered copies"
         assert len(vq.codebook().unique(dim=0)) == K
 
     def test_refuses_nonsense(self):
