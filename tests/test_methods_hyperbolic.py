@@ -97,12 +97,14 @@ def test_losses_and_their_weights():
 def test_blocks_of_latents_give_the_same_gradient():
     vq = small()
     z = normal(1200, D, seed=4).double().requires_grad_()
-    (whole,) = torch.autograd.grad((vq(z).z_q * z.detach().sin()).sum(), z)
+    leaves = [z, vq.codes.base]
+    whole = torch.autograd.grad((vq(z).z_q * z.detach().sin()).sum(), leaves)
     parts = [
-        torch.autograd.grad((vq(x).z_q * x.detach().sin()).sum(), x)[0]
+        torch.autograd.grad((vq(x).z_q * x.detach().sin()).sum(), [x, vq.codes.base])
         for x in (part.clone().requires_grad_() for part in z.detach().split(100))
     ]
-    torch.testing.assert_close(whole, torch.cat(parts))
+    torch.testing.assert_close(whole[0], torch.cat([by_latents for by_latents, _ in parts]))
+    torch.testing.assert_close(whole[1], torch.stack([by_codes for _, by_codes in parts]).sum(0))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-6, 5.0, 30.0, 1e4])
