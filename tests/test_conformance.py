@@ -55,6 +55,21 @@ class TestContract:
         assert torch.equal(a.z_q.movedim(-1, 1), b.z_q)
         assert torch.equal(a.loss, b.loss)
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_a_latent_has_one_token_at_any_batch_size(self, name, training):
+        vq = build(name).train(training)
+        if training and "assignment" in vq.batch_coupled:
+            pytest.skip("in training the batch is assigned as a whole, by definition")
+        z = normal(130, vq.dim)
+        found = []
+        for first, last in ((0, 1), (1, 8), (8, 72), (72, 130)):
+            vq.first_item = first
+            found.append(vq(z[first:last]))
+        vq.first_item = 0
+        whole = vq(z)
+        assert torch.equal(whole.indices, torch.cat([out.indices for out in found]))
+        assert torch.equal(whole.indices, vq.encode(z))
+
     def test_index_is_the_nearest_row_of_the_codebook(self, name):
         vq = build(name)
         if trains_otherwise(vq):
