@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from cases import NAMES, build, normal, seen
+from cases import NAMES, build, normal, seen, state
 from torch import Tensor
 
 import steadyvq
@@ -607,6 +607,17 @@ class TestBuilding:
         assert set(vq(normal(9, D)).losses) == {"codebook", "commitment", "ns"}
         with pytest.raises(ValueError, match="unknown loss of this quantizer 'adversarial'"):
             vq.configure(weights={"adversarial": 1.0})
+
+    def test_a_frozen_quantizer_keeps_no_books(self):
+        vq = build("ema")
+        before = state(vq)
+        vq.configure(frozen=True)
+        assert vq.active_maintenance() == []
+        vq.update(vq(normal(20, D)))
+        assert all(torch.equal(before[k], v) for k, v in state(vq).items() if k != "updates")
+        vq.configure()
+        vq.update(vq(normal(20, D)))
+        assert not torch.equal(before["codes.base"], vq.state_dict()["codes.base"])
 
 
 class Residual(torch.nn.Module):
