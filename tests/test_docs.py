@@ -6,9 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 
 import pytest
 import yaml
@@ -17,7 +15,6 @@ from runs import environment
 
 from steadyvq.experiments import tables
 from steadyvq.experiments.arms import arm_configs
-from steadyvq.experiments.compare import Comparison, Settings
 from steadyvq.training.config import read_recipe, recipe_names
 
 ROOT = Path(__file__).parent.parent
@@ -119,26 +116,6 @@ def test_evidence_names_its_configurations_and_was_rechecked(path):
         assert check["of_ceiling"] == pytest.approx(run["of_ceiling"], abs=0.002)
         assert check["psnr"] == pytest.approx(run["psnr"], abs=0.01)
         assert check["tokens"] == run["tokens"] >= 20_000
-
-
-def test_the_comparison_is_of_the_methods_and_settings_of_today(tmp_path):
-    """Every registered method is in it, six runs each, of configurations that the recipe still gives, from commits."""
-    record = json.loads((EVIDENCE / "compare.json").read_text())
-    assert shlex.split(record["command"])[:2] == ["steadyvq", "compare"]
-    rows = {row["method"]: row for row in record["methods"]}
-    plan = Comparison(Settings(tmp_path / "out", seeds=len(next(iter(rows.values()))["runs"])))
-    plan.findings = [replace(f, rate=rows[f.label]["rate"]) for f in plan.findings]
-    expected = {(arm.config.title, arm.config.seed): arm.config.hash() for arm in plan.final_arms()}
-    found = {(name, run["seed"]): run["config_hash"] for name, row in rows.items() for run in row["runs"]}
-    assert found == expected
-    assert [f.label for f in plan.findings] == sorted(rows)
-    assert len(expected) == 6 * len(rows)
-    for row in rows.values():
-        for run in row["runs"]:
-            assert re.fullmatch(r"[0-9a-f]{40}", run["commit"]), "evidence comes from a commit, not from a changed tree"
-        assert row["psnr"] == pytest.approx(mean(run["psnr"] for run in row["runs"]))
-        values = {trial["rate"]: trial["psnr"] for trial in row["search"] if trial["psnr"] is not None}
-        assert row["rate"] == max(values, key=values.__getitem__)
 
 
 def test_the_evidence_for_collapse_says_what_the_docs_say():
