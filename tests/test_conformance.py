@@ -209,10 +209,15 @@ class TestContract:
     def test_direct_gradient_goes_to_the_code(self, name):
         vq = build(name, estimator="direct")
         z = normal(50, vq.dim).requires_grad_()
+        upstream = normal(50, vq.dim, seed=2)
         out = vq(z)
-        assert torch.autograd.grad(out.z_q.sum(), z, allow_unused=True, retain_graph=True)[0] is None
+        value = (out.z_q * upstream).sum()
+        assert torch.autograd.grad(value, z, allow_unused=True, retain_graph=True)[0] is None
         parameters = [p for p in vq.parameters() if p.requires_grad]
-        assert any((g != 0).any() for g in torch.autograd.grad(out.z_q.sum(), parameters))
+        gradients = torch.autograd.grad(value, parameters)
+        assert any((g != 0).any() for g in gradients)
+        expected = torch.autograd.grad((vq.decode(out.indices) * upstream).sum(), parameters)
+        torch.testing.assert_close(gradients, expected)
 
     def test_bad_latents_and_masks(self, name):
         vq = build(name)
