@@ -2,6 +2,7 @@
 """The compiled search: the bits of the reference on every input, a proven screen, and a build that can fail without harm."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from test_kernels import CASES, grid, oracle, random
 from torch import Tensor
 
 from steadyvq import kernels
+from steadyvq.cli import main
 from steadyvq.kernels import choice, native, reference, rounding, statistics, streaming
 
 LIBRARY = native.library()
@@ -244,16 +246,31 @@ def test_compiled_statistics_are_those_of_float64(n: int, k: int, d: int, temper
 
 
 def test_the_choice_is_told_with_its_reason() -> None:
-    assert choice.choose(2048, 65536, 128) == ("native", choice.choose(2048, 65536, 128).reason)
-    assert "compiled for this processor" in choice.choose(2048, 65536, 128).reason
-    assert choice.choose(2048, 65536, 128, device="cuda").backend == "streaming"
-    assert "cuda" in choice.choose(2048, 65536, 128, device="cuda").reason
-    assert "float64" in choice.choose(2048, 65536, 128, dtype=torch.float64).reason
-    assert "4096 dimensions" in choice.choose(2048, 65536, 5000).reason
-    assert "small" in choice.choose(8, 16, 4).reason
+    assert choice.search_choice(2048, 65536, 128) == ("native", choice.search_choice(2048, 65536, 128).reason)
+    assert "compiled for this processor" in choice.search_choice(2048, 65536, 128).reason
+    assert choice.search_choice(2048, 65536, 128, device="cuda").backend == "streaming"
+    assert "cuda" in choice.search_choice(2048, 65536, 128, device="cuda").reason
+    assert "float64" in choice.search_choice(2048, 65536, 128, dtype=torch.float64).reason
+    assert "4096 dimensions" in choice.search_choice(2048, 65536, 5000).reason
+    assert "small" in choice.search_choice(8, 16, 4).reason
+    assert choice.softmax_choice(2048, 65536, 128).backend == "native"
+    assert choice.softmax_choice(2048, 65536, 128, dtype=torch.float64).backend == "streaming"
 
 
-EXPLAIN = "from steadyvq.kernels import choice; print(*choice.choose(2048, 65536, 128), sep=': ')"
+def test_the_choice_can_be_asked_for(capsys) -> None:
+    assert main(["kernels", "explain", "2048", "65536", "128"]) == 0
+    out = capsys.readouterr().out
+    assert "nearest code" in out
+    assert "softmax over codes" in out
+    assert out.count("compiled for this processor") == 2
+    assert LIBRARY.reason in out
+    assert main(["kernels", "explain", "64", "512", "8", "--measure"]) == 0
+    assert re.search(r"measured, \d+ thread\(s\): [\d.]+ ms; torch.cdist and argmin [\d.]+ ms", capsys.readouterr().out)
+    assert main(["kernels", "explain", "0", "512", "8"]) == 2
+    assert "N is 0, but there has to be at least 1" in capsys.readouterr().err
+
+
+EXPLAIN = "from steadyvq.kernels import choice; print(*choice.search_choice(2048, 65536, 128), sep=': ')"
 
 
 def explained(**environment: str) -> "subprocess.Popen[str]":

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from steadyvq.kernels import native
+from steadyvq.kernels import choice, native
 
 # Softmax weights below this are zero.
 _NEGLIGIBLE = 1e-26
@@ -222,8 +222,8 @@ def _kind(z: Tensor, table: Tensor, squared: bool, compiled: bool | None) -> typ
     if not squared:
         return _PlainSums
     if compiled is None:
-        suits = z.device.type == "cpu" and z.dtype == torch.float32
-        compiled = suits and z.numel() * table.shape[0] >= native.LEAST_WORK and native.library().functions is not None
+        size = z.shape[0], table.shape[0], z.shape[1]
+        compiled = choice.softmax_choice(*size, device=z.device.type, dtype=z.dtype).backend == "native"
     return _CompiledSums if compiled else _SquaredSums
 
 
