@@ -132,8 +132,9 @@ def test_the_error_of_bfloat16_stays_within_the_screen(case: str) -> None:
     latents, codes = z * scale - centre, table * scale - centre
     exact_z, exact_e = (t.double() * scale - centre.double() for t in (z, table))
     rounded = [t.bfloat16() for t in (latents, codes)]
-    lost = (codes - rounded[1].float()).norm(dim=1).amax()
-    screen = rounding.screen_of(latents, rounded[0], codes.norm(dim=1).amax(), lost)
+    lost = [(t - half.float()).norm(dim=1) for t, half in zip((latents, codes), rounded, strict=True)]
+    longest = codes.norm(dim=1).amax()
+    screen = rounding.screen_of(latents.norm(dim=1), lost[0], longest, lost[1].amax(), z.shape[1])
     exact = exact_e.square().sum(1) - 2 * exact_z @ exact_e.T
     screened = codes.double().square().sum(1) - 2 * rounded[0].double() @ rounded[1].double().T
     assert ((screened - exact).abs().amax(1) <= screen).all()
@@ -147,7 +148,7 @@ def test_the_error_of_bfloat16_stays_within_the_screen(case: str) -> None:
 def test_what_codes_lost_by_rounding_is_measured(d: int) -> None:
     table = torch.zeros(48, d)
     table[15] = random(d, seed=1)  # all others are bfloat16 numbers
-    *_, longest, lost = native._pack(LIBRARY, table, 1.0, torch.zeros(d), True)
+    *_, longest, lost = native._pack_codes(LIBRARY, table, 1.0, torch.zeros(d), True)
     torch.testing.assert_close(lost, (table[15] - table[15].bfloat16().float()).norm(), rtol=1e-5, atol=0)
     torch.testing.assert_close(longest, table[15].norm(), rtol=1e-5, atol=0)
 

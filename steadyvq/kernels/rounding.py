@@ -69,58 +69,58 @@ def scaled(tensor: Tensor, exponent: int, padding: int, dtype: torch.dtype) -> T
     return out
 
 
-def slack_of(latents: Tensor, longest: Tensor, operand: float, accumulate: float) -> Tensor:
+def slack_of(lengths: Tensor, longest: Tensor, dim: int, operand: float, accumulate: float) -> Tensor:
     """(N,) how far above the minimum a computed score may lie and still belong to the winner, in the working dtype.
 
     Args:
-        latents: (N, d) scaled and centred.
+        lengths: (N,) computed lengths of the scaled and centred latents.
         longest: 0-d, the largest computed length of a code.
+        dim: d.
         operand: unit roundoff of a second rounding of the operands of a product (0: none).
         accumulate: unit roundoff of its sums.
     """
-    d = latents.shape[1]
-    u = torch.finfo(latents.dtype).eps / 2
+    u = torch.finfo(lengths.dtype).eps / 2
     rho = u + operand + u * operand
-    gamma = (d + 2) * accumulate / (1 - (d + 2) * accumulate)
-    stored = (d + 1) * u / (1 - (d + 1) * u)
+    gamma = (dim + 2) * accumulate / (1 - (dim + 2) * accumulate)
+    stored = (dim + 1) * u / (1 - (dim + 1) * u)
     # Computed lengths are themselves rounded; (1 + rho) and (1 + stored) lead back to upper bounds of the exact ones.
-    reach = torch.linalg.vector_norm(latents, dim=1).double() * ((1 + rho) * (1 + stored))
+    reach = lengths.double() * ((1 + rho) * (1 + stored))
     code = longest.double() * ((1 + rho) * (1 + stored))
     product, norm = reach * code, code * code
     size = norm + 2 * product * (1 + rho) ** 2
     score = gamma * size + 2 * (2 * rho + rho * rho) * product + (stored + 6 * u) * norm
-    exact = (d + 3) * 2.0**-53 * (reach + code) ** 2
-    underflow = 2.0**-124 * (d + 2) * (2 + reach + code)
+    exact = (dim + 3) * 2.0**-53 * (reach + code) ** 2
+    underflow = 2.0**-124 * (dim + 2) * (2 + reach + code)
     slack: Tensor = 1.01 * (2 * (score + exact + underflow) + 4 * u * size)
-    return slack.to(latents.dtype)
+    return slack.to(lengths.dtype)
 
 
-def screen_of(latents: Tensor, rounded: Tensor, longest: Tensor, error: Tensor) -> Tensor:
+def screen_of(lengths: Tensor, lost: Tensor, longest: Tensor, error: Tensor, dim: int) -> Tensor:
     """(N,) how far above a float32 score of any code the bfloat16 score of the nearest one may lie; see item 6.
 
     Args:
-        latents: (N, d) float32, scaled and centred.
-        rounded: (N, d) bfloat16.
+        lengths: (N,) computed lengths of the scaled and centred latents, float32.
+        lost: (N,) computed lengths of what they lost by rounding to bfloat16.
         longest: 0-d, the largest computed length of a code.
         error: 0-d, the largest computed length of what a code lost by rounding.
+        dim: d.
     """
     # Lengths are computed in float32: a thousandth is more than any sum of up to 4,096 terms loses.
-    size, lost = (torch.linalg.vector_norm(x, dim=1) * 1.001 for x in (latents, latents - rounded.float()))
-    length, error = longest * 1.001, error * 1.001
+    size, lost, length, error = (1.001 * x for x in (lengths, lost, longest, error))
     # Lengthened by one rounding to bfloat16, latents and codes bound the rounded ones.
-    sums = slack_of(latents * (1 + 2.0**-8), longest * (1 + 2.0**-8), 0.0, 4 * 2.0**-24)
+    sums = slack_of(lengths * (1 + 2.0**-8), longest * (1 + 2.0**-8), dim, 0.0, 4 * 2.0**-24)
     screen: Tensor = sums + 1.01 * 2 * (lost * length + (size + lost) * error)
     return screen
 
 
-def roundoff(latents: Tensor) -> tuple[float, float]:
+def roundoff(dtype: torch.dtype) -> tuple[float, float]:
     """Unit roundoff of the second rounding of a product's operands (0: none), and of its accumulation.
 
     Only float32 products may be computed from shorter operands. Every knob of every backend is read and the worst one
     counts; operands may be cut off instead of rounded, hence twice the unit roundoff.
     """
-    u = torch.finfo(latents.dtype).eps / 2
-    if latents.dtype == torch.float64:
+    u = torch.finfo(dtype).eps / 2
+    if dtype == torch.float64:
         return 0.0, u
     modes = _matmul_modes()
     if "bf16" in modes or "medium" in modes:

@@ -94,7 +94,8 @@ def _prepare(z: Tensor, codes: Tensor, group: int, dot: bool = False) -> tuple[T
         inside.sub_(centre)
         latents.sub_(centre)
     norms = torch.linalg.vector_norm(table, dim=1).square_()
-    slack = slack_of(latents, norms.amax().sqrt(), *roundoff(latents))
+    lengths = torch.linalg.vector_norm(latents, dim=1)
+    slack = slack_of(lengths, norms.amax().sqrt(), z.shape[1], *roundoff(dtype))
     if dot:
         norms.zero_()
     norms[codes.shape[0] :] = torch.inf

@@ -10,6 +10,7 @@ float64 inputs, more than 4,096 dimensions and entries near the ends of float32 
 """
 
 import ctypes
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from steadyvq.kernels import streaming
 from steadyvq.kernels.native.build import Library, library
-from steadyvq.kernels.rounding import exponent_of, scaled, screen_of, slack_of, working_dtype
+from steadyvq.kernels.rounding import exponent_of, screen_of, slack_of, working_dtype
 from steadyvq.kernels.search import over_finite
 
 __all__ = ["LEAST_WORK", "MOST_DIMENSIONS", "library", "nearest", "softmax_rows"]
@@ -32,8 +33,8 @@ MOST_DIMENSIONS = 4096
 """Lengths are summed in float32; `rounding.screen_of` allows for this many terms."""
 
 _GROUP = 16
-# Groups per bundle: wide bundles make few minima but many codes to look at again.
-_BUNDLE = 16
+# Groups per bundle: wide bundles make few minima but many codes to look at again. (up to K, bundle); multiples of a panel.
+_BUNDLES = ((4096, 8), (math.inf, 16))
 # Latents whose minima are kept at a time, in tiles; a few MB at K = 65,536.
 _TILES_PER_BLOCK = 32
 # Powers of two that bring inputs to a common scale: one float32 factor, and sums of codes do not overflow before it. Inputs
@@ -115,7 +116,11 @@ def _search(
     block = _TILES_PER_BLOCK * kernel.rows
     start = min(block, z.shape[0])
     looked = _run(kernel, prepared, 0, start, indices, score)
-    if screened and bfloat16 is None and looked.float32 > _TOO_MANY * start * codes.shape[0] + 4 * _BUNDLE * start:
+    if (
+        screened
+        and bfloat16 is None
+        and looked.float32 > _TOO_MANY * start * codes.shape[0] + 4 * _bundle(codes.shape[0]) * start
+    ):
         prepared = _prepare(kernel, z, codes, exponent, dot, False)
         looked = _run(kernel, prepared, 0, start, indices, score)
     if patience is not None and looked.float64 * z.shape[0] > patience * start:
@@ -129,38 +134,36 @@ def _prepare(kernel: Library, z: Tensor, codes: Tensor, exponent: int, dot: bool
     (rows, d), count = z.shape, codes.shape[0]
     scale = 2.0**exponent
     centre = torch.zeros(d) if dot else codes.mean(0) * scale
-    packed, norms, longest, lost = _pack(kernel, codes, scale, centre, bfloat16)
-    latents = scaled(z, exponent, -rows % kernel.rows, torch.float32)
-    latents[:rows].sub_(centre)
-    slack = slack_of(latents, longest, 0.0, 2.0**-24)
-    if bfloat16:
-        rounded = latents.new_zeros(latents.shape[0], d + d % 2, dtype=torch.bfloat16)
-        rounded[:, :d].copy_(latents)
-        tiles = rounded.view(-1, kernel.rows, rounded.shape[1] // 2, 2).transpose(1, 2).contiguous()
-        screen = screen_of(latents, rounded[:, :d], longest, lost)
-    else:
-        tiles, screen = latents.view(-1, kernel.rows, d).transpose(1, 2).contiguous(), slack
+    packed, norms, longest, lost = _pack_codes(kernel, codes, scale, centre, bfloat16)
+    latents, tiles, lengths, rounding = _pack_latents(kernel, z, scale, centre, bfloat16)
+    slack = slack_of(lengths, longest, d, 0.0, 2.0**-24)
+    screen = screen_of(lengths, rounding, longest, lost, d) if bfloat16 else slack
     if dot:
         norms[:count] = 0.0
     tensors = (z, codes, latents, tiles, packed, norms, centre, screen, slack)
-    problem = _Problem(rows, d, count, norms.shape[0] // _GROUP, _BUNDLE, *(t.data_ptr() for t in tensors))
+    problem = _Problem(rows, d, count, norms.shape[0] // _GROUP, _bundle(count), *(t.data_ptr() for t in tensors))
     problem.scale, problem.bfloat16, problem.dot = scale, int(bfloat16), int(dot)
     return _Prepared(problem, tensors)
 
 
-def _pack(
+def _bundle(num_codes: int) -> int:
+    return next(bundle for most, bundle in _BUNDLES if num_codes <= most)
+
+
+def _pack_codes(
     kernel: Library, codes: Tensor, scale: float, centre: Tensor, bfloat16: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes in groups, their squared norms, and the largest length of a code and of what one lost by rounding (0-d)."""
     assert kernel.functions is not None
     count, d = codes.shape
-    groups = -(-count // (_GROUP * _BUNDLE)) * _BUNDLE
+    bundle = _bundle(count)
+    groups = -(-count // (_GROUP * bundle)) * bundle
     norms = torch.empty(groups * _GROUP)
     width, dtype = (d + d % 2, torch.bfloat16) if bfloat16 else (d, torch.float32)
     packed = torch.empty(groups * width * _GROUP, dtype=dtype)
     outputs = [packed, norms, *([torch.empty_like(norms)] if bfloat16 else [])]
     pack = kernel.functions.pack_bfloat16 if bfloat16 else kernel.functions.pack_float32
-    threads = max(1, min(torch.get_num_threads(), groups // _BUNDLE))
+    threads = max(1, min(torch.get_num_threads(), groups // bundle))
     share = -(-groups // threads)
 
     def work(number: int) -> int:
@@ -174,6 +177,32 @@ def _pack(
     _in_threads(work, threads)
     longest, lost = (t[:count].amax().sqrt() for t in (norms, outputs[-1]))
     return packed, norms, longest, lost
+
+
+def _pack_latents(
+    kernel: Library, z: Tensor, scale: float, centre: Tensor, bfloat16: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents scaled and centred, the same in tiles, and the lengths of each and of what it lost by rounding."""
+    assert kernel.functions is not None
+    functions, (rows, d) = kernel.functions, z.shape
+    count = -(-rows // kernel.rows)
+    latents = torch.empty(count * kernel.rows, d)
+    width, dtype = (d + d % 2, torch.bfloat16) if bfloat16 else (d, torch.float32)
+    tiles = torch.empty(count * kernel.rows * width, dtype=dtype)
+    squares, errors = torch.empty(2, count * kernel.rows)
+    threads = max(1, min(torch.get_num_threads(), count))
+    share = -(-count // threads)
+
+    def work(number: int) -> int:
+        begin = min(count, number * share)
+        sizes = (ctypes.c_int64(rows), ctypes.c_int64(d), ctypes.c_float(scale), ctypes.c_void_p(centre.data_ptr()))
+        limits = (ctypes.c_int64(begin), ctypes.c_int64(min(count, begin + share)), ctypes.c_int32(bfloat16))
+        outputs = (ctypes.c_void_p(t.data_ptr()) for t in (latents, tiles, squares, errors))
+        functions.pack_latents(ctypes.c_void_p(z.data_ptr()), *sizes, *limits, *outputs)
+        return 0
+
+    _in_threads(work, threads)
+    return latents, tiles, squares.sqrt_(), errors.sqrt_()
 
 
 def _run(kernel: Library, prepared: _Prepared, first: int, last: int, indices: Tensor, score: Tensor) -> _Looked:

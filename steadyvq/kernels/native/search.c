@@ -90,6 +90,31 @@ void pack_bfloat16(const float *codes, int64_t count, int64_t d, float scale, co
     }
 }
 
+/* Tiles [first, last) of latents scale z - centre: as they are, and transposed as float32 (d, ROWS) or bfloat16 (d / 2, ROWS, 2);
+ * squares of their lengths and, in bfloat16, of the lengths of what rounding lost. Rows behind the last are zero. */
+void pack_latents(const float *z, int64_t rows, int64_t d, float scale, const float *centre, int64_t first, int64_t last,
+                  int32_t bfloat16, float *latents, void *tiles, float *squares, float *errors) {
+    int64_t width = bfloat16 ? (d + 1) / 2 * 2 : d;
+    for (int64_t i = first * ROWS; i < last * ROWS; i++) {
+        float *out = latents + i * d, square = 0.0f, error = 0.0f;
+        float *single = (float *)tiles + i / ROWS * width * ROWS + i % ROWS;
+        uint16_t *half = (uint16_t *)tiles + i / ROWS * width * ROWS + i % ROWS * 2;
+        for (int64_t k = 0; k < d; k++) out[k] = i < rows ? z[i * d + k] * scale - centre[k] : 0.0f;
+        for (int64_t k = 0; k < d; k++) square += out[k] * out[k];
+        if (bfloat16) {
+            for (int64_t k = 0; k < width; k++) {
+                uint16_t rounded = k < d ? to_bfloat16(out[k]) : 0;
+                float rest = k < d ? out[k] - from_bfloat16(rounded) : 0.0f;
+                half[k / 2 * 2 * ROWS + k % 2] = rounded;
+                error += rest * rest;
+            }
+            errors[i] = error;
+        } else
+            for (int64_t k = 0; k < d; k++) single[k * ROWS] = out[k];
+        squares[i] = square;
+    }
+}
+
 /* ---- minima of bundles -------------------------------------------------------------------------------------------- */
 
 /* low[r][lane] (rows `stride` apart) = min over the codes of `groups` groups in that lane of norm + z . (-2 E). */
@@ -175,16 +200,15 @@ static double exact_score(const float *z, const float *e, int64_t d, int dot, do
 }
 
 /* Z . E with E = scale e - centre. */
-static float product(const float *latent, const float *code, const float *centre, float scale, int64_t d) {
-    vec sum = ALL(0.0f), factor = ALL(scale), minus = ALL(-1.0f);
+static inline float product(const float *latent, const float *code, const float *centre, float scale, int64_t d) {
+    vec sum = ALL(0.0f), factor = ALL(scale);
     int64_t k = 0;
-    for (; k + LANES <= d; k += LANES)
-        sum = FMA(LOAD(latent + k), FMA(LOAD(code + k), factor, FMA(LOAD(centre + k), minus, ALL(0.0f))), sum);
-    float parts[LANES], total = 0.0f;
-    STORE(parts, sum);
-    for (int i = 0; i < LANES; i++) total += parts[i];
-    for (; k < d; k++) total += latent[k] * (code[k] * scale - centre[k]);
-    return total;
+    for (; k + LANES <= d; k += LANES) sum = FMA(LOAD(latent + k), SUB(MUL(LOAD(code + k), factor), LOAD(centre + k)), sum);
+    if (k < d) {
+        vec rest = SUB(MUL(LOAD_FIRST(code + k, d - k), factor), LOAD_FIRST(centre + k, d - k));
+        sum = FMA(LOAD_FIRST(latent + k, d - k), rest, sum);
+    }
+    return total_of(sum);
 }
 
 typedef struct {
