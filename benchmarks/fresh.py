@@ -9,6 +9,7 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,25 @@ def in_fresh_process(script: str, *arguments: object) -> dict[str, Any] | None:
 
 
 def extra_bytes(script: str, form: str, *sizes: int) -> int:
-    """Peak memory of `once(form, *sizes)` of a script in a fresh process, less that of `once("none", *sizes)`."""
+    """Peak memory of the call `prepared(form, *sizes)` of a script in a fresh process, beyond what that held before it.
+
+    Linux counts the peak anew once asked to.
+    """
     folder, module = str(Path(script).parent), Path(script).stem
-    peaks = []
-    for what in ("none", form):
-        arguments = ", ".join(map(repr, (what, *sizes)))
-        code = f"import sys; sys.path.insert(0, {folder!r})\nimport {module}, fresh\n{module}.once({arguments})\n"
-        command = [sys.executable, "-c", code + "print(fresh.peak_bytes())"]
-        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]))
-    return peaks[1] - peaks[0]
+    arguments = ", ".join(map(repr, (form, *sizes)))
+    code = f"import sys; sys.path.insert(0, {folder!r}); import {module}, fresh; fresh.report({module}.prepared({arguments}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def report(call: Callable[[], object]) -> None:
+    """Prints the peak of a call beyond what is held now, in bytes."""
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    call()
+    print(_status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))

@@ -25,7 +25,7 @@ def seconds(call: Call) -> float:
     return time.process_time() - start
 
 
-def compared(ours: Call, rival: Call, pairs: int = 30, most_seconds: float = 60.0) -> dict[str, Any]:
+def compared(ours: Call, rival: Call, pairs: int = 30, most_seconds: float = 25.0) -> dict[str, Any]:
     """Median times in milliseconds, and how many times longer the rival takes.
 
     Args:

@@ -84,9 +84,8 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def once(form: str, n: int, k: int, d: int) -> None:
-    """What a fresh process does whose memory is measured; `none` stops before the call."""
+def prepared(form: str, n: int, k: int, d: int) -> Callable[[], object]:
+    """The call of a fresh process whose memory is measured."""
     z, codes, indices = problem(n, k, d)
     ours(z[:64], codes[:64].detach().requires_grad_(), indices[:64] % 64)
-    if form != "none":
-        FORMS[form](z, codes, indices)
+    return partial(FORMS[form], z, codes, indices)

@@ -19,21 +19,23 @@ QUICK = [256, 1024]
 _LATENTS, _CODES = 1024, 16384
 
 
-def once(form: str, n: int, k: int, d: int) -> None:
-    """What a fresh process does whose memory is measured: a training step of `nsvq` with Adam."""
+def prepared(form: str, n: int, k: int, d: int) -> Callable[[], object]:
+    """A training step of `nsvq` with Adam, whose state is there already."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(n, d, generator=generator)
-    vq = build_quantizer("nsvq", num_codes=k, dim=d, init="normal")
+    vq = build_quantizer(form, num_codes=k, dim=d, init="normal")
     optimizer = torch.optim.Adam(vq.parameters(), lr=1e-3)
-    (table,) = vq.parameters()
-    table.grad = torch.zeros_like(table)
+    for table in vq.parameters():
+        table.grad = torch.zeros_like(table)
     optimizer.step()
-    vq(z[:64])
-    if form != "none":
+
+    def step() -> None:
         out = vq(z)
         out.loss.backward()
         optimizer.step()
         vq.update(out)
+
+    return step
 
 
 def measure(quick: bool, say: Callable[[str], None]) -> list[dict[str, Any]]:

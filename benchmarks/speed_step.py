@@ -53,7 +53,7 @@ def measure(quick: bool, say: Callable[[str], None]) -> list[dict[str, Any]]:
     rows = []
 
     def pair(name: str, ours: Callable[[], object], rival_name: str, rival: Callable[[], object], pairs: int) -> None:
-        row = compared(ours, rival, 3 if quick else pairs, most_seconds=240)
+        row = compared(ours, rival, 3 if quick else pairs, most_seconds=150)
         rows.append({"ours": name, "rival": rival_name, **row})
         say(
             f"step: {name} {row['ours_ms']:.1f} ms, {rival_name} {row['rival_ms']:.1f} ms = "

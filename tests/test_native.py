@@ -123,34 +123,30 @@ def test_it_does_not_depend_on_the_batch_or_the_number_of_threads() -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("case", ["random", "wide", "offset 1e4", "tiny codebook", "nearly tied", "outlier"])
-def test_the_error_of_bfloat16_stays_within_the_screen(case: str) -> None:
-    """The score of rounded operands in exact arithmetic against the exact score of exact operands."""
-    z, table = CASES[case]()
-    scale = 2.0 ** rounding.exponent_of(z, table)
-    centre = (table * scale).mean(0)
-    latents, codes = z * scale - centre, table * scale - centre
-    exact_z, exact_e = (t.double() * scale - centre.double() for t in (z, table))
-    rounded = [t.bfloat16() for t in (latents, codes)]
-    lost = [(t - half.float()).norm(dim=1) for t, half in zip((latents, codes), rounded, strict=True)]
-    longest = codes.norm(dim=1).amax()
-    screen = rounding.screen_of(latents.norm(dim=1), lost[0], longest, lost[1].amax(), z.shape[1])
-    exact = exact_e.square().sum(1) - 2 * exact_z @ exact_e.T
-    screened = codes.double().square().sum(1) - 2 * rounded[0].double() @ rounded[1].double().T
-    assert ((screened - exact).abs().amax(1) <= screen).all()
-    # It follows what rounding did to these latents and codes: 2^-8 is the worst that it can do to each.
-    reach = exact_z.norm(dim=1) * exact_e.norm(dim=1).max() + exact_e.norm(dim=1).max() ** 2
-    assert (screen <= 2.0**-6 * reach).all()
-
-
 @pytest.mark.skipif(not LIBRARY.bfloat16, reason="no bfloat16 products")
-@pytest.mark.parametrize("d", [7, 16])
-def test_what_codes_lost_by_rounding_is_measured(d: int) -> None:
-    table = torch.zeros(48, d)
-    table[15] = random(d, seed=1)  # all others are bfloat16 numbers
-    *_, longest, lost = native._pack_codes(LIBRARY, table, 1.0, torch.zeros(d), True)
-    torch.testing.assert_close(lost, (table[15] - table[15].bfloat16().float()).norm(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(longest, table[15].norm(), rtol=1e-5, atol=0)
+@pytest.mark.parametrize("dot", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_scores_in_bfloat16_are_lower_bounds(case: str, dot: bool) -> None:
+    """Of the operands as they are packed, in exact arithmetic, against the exact scores of the exact inputs."""
+    z, table = (t.float().contiguous() for t in CASES[case]())
+    exponent = rounding.exponent_of(z, table)
+    if exponent not in native._EXPONENTS:
+        pytest.skip("such inputs are not packed")
+    prepared = native._prepare(LIBRARY, z, table, exponent, dot, True)
+    _, _, _, tiles, packed, _, starts, centre, slack = (t.double() for t in prepared.tensors)
+    (n, d), k, width = z.shape, len(table), LIBRARY.call("bfloat16_width", z.shape[1])
+    rows = tiles.view(-1, width // 2, LIBRARY.rows, 2).permute(0, 2, 1, 3).reshape(-1, width)[:n]
+    codes = packed.view(-1, width // 2, 16, 2).permute(0, 2, 1, 3).reshape(-1, width)[:k]
+    bound = starts[:k] + rows @ codes.T
+    exact_z, exact_e = (t.double() * 2.0**exponent - centre for t in (z, table))
+    exact = (0 if dot else exact_e.square().sum(1)) - 2 * exact_z @ exact_e.T
+    tiny = 1e-12 * (exact_z.norm(dim=1).amax() + exact_e.norm(dim=1).amax()) ** 2  # of float64 sums here
+    assert (bound <= exact + tiny).all()
+    # Rounding a latent and a code costs at most 2^-8 of the product of their lengths each, and as much for the bound.
+    reach = exact_z.norm(dim=1)[:, None] * exact_e.norm(dim=1)
+    sums = (d + 8) * 2.0**-22 * (reach + exact_e.square().sum(1))
+    assert (bound >= exact - 2.0**-5 * reach - 4 * sums - tiny).all()
+    assert (slack[:n] >= 0).all()
 
 
 @pytest.mark.skipif(not LIBRARY.bfloat16, reason="no bfloat16 products")

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from steadyvq.experiments import performance
 from steadyvq.experiments.markdown import markdown
 from steadyvq.experiments.verdict import comparison_table, notes
 from steadyvq.quantizers import methods
@@ -92,6 +93,24 @@ def demo_table() -> str:
     return markdown(["arm", "codes used", "perplexity", "PSNR, dB", "SSIM"], rows)
 
 
+def performance_table(group: str) -> str:
+    """A group of benchmarks, with what it was measured on."""
+    record = evidence("performance")[group]
+    made = record["machine"]
+    threads = f"{made['threads']} thread" + ("s" if made["threads"] > 1 else "")
+    kernels = "bfloat16 screen" if made["bfloat16"] else "float32 screen"
+    where = (
+        f"{made['cpu']}, {made['vectors']}, {kernels}, {threads}, torch {made['torch']}, commit {record['commit'][:7]}"
+    )
+    make = {
+        "search": performance.search_table,
+        "dense": performance.dense_table,
+        "step": performance.step_table,
+        "scaling": performance.scaling_table,
+    }[group]
+    return f"Measured on {where}.\n\n{make(record['rows'])}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "methods": method_table,
     "compare": compare_table,
@@ -99,7 +118,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "collapse": partial(arms_table, "collapse"),
     "tuning": partial(arms_table, "tuning"),
+    **{f"performance-{group}": partial(performance_table, group) for group in ("search", "dense", "step", "scaling")},
 }
+
+PLOT = ROOT / "docs" / "images" / "performance-scaling.svg"
 
 
 def documents() -> list[Path]:
@@ -118,9 +140,10 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     write = parser.parse_args().write
     stale = []
-    for path in documents():
-        text = path.read_text()
-        fresh = updated(text)
+    fresh_of = {path: updated(path.read_text()) for path in documents()}
+    fresh_of[PLOT] = performance.scaling_plot(evidence("performance")["scaling"]["rows"])
+    for path, fresh in fresh_of.items():
+        text = path.read_text() if path.exists() else ""
         if fresh != text:
             stale.append(path.name)
             if write:

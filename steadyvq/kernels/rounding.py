@@ -25,10 +25,14 @@ s^_j* <= min_j s^_j + 2 (B' + B''). All codes within that slack of the running m
 one, are re-scored in float64, so the winner is always among them. The slack also carries the rounding of
 `minimum + slack` itself (2 u (|s^| + slack)) and a factor 1.01 for the arithmetic of the bound.
 
-6. A screen in bfloat16: operands Z~, E~ rounded once more, products exact in float32, sums accumulated in float32 with
-   four times its unit roundoff. With the operands' errors as they are and not as they might be, its score s~ obeys
-   |s~ - S| <= 2 (|Z - Z~| |E| + |Z~| |E - E~|) + B' =: A, with B' for operands of the length of Z~ and E~. Against the
-   float32 score s^_k of any code k, s~_j* <= S_j* + A <= S_k + 2 B'' + A <= s^_k + A + B' + 2 B''.
+6. A screen in bfloat16: operands Z~, E~ are the stored ones rounded once more; products are exact in float32, sums
+   accumulated in float32 with four times its unit roundoff. With the operands' errors as they are, not as they might be,
+       |Z~ . E~ - Z . E| <= |Z^ - Z~| |E^| + |Z~| |E^ - E~| + (2 u + u^2) |Z| |E|.
+   Two more columns subtract twice that from every score, for its own code and not for the longest one, which may be far
+   out. Sums of d + 4 products lose at most gamma (n + 2 |Z~| |E~| + 2 |Z^ - Z~| |E^| + 2 |Z~| |E^ - E~|), which is below
+   gamma (n + 2.05 |Z| |E|), with gamma = gamma_{d+8} of 4 u: it lowers n by a share kappa and adds lambda |Z| to the factor
+   of 2 |E^|. So the computed score is at most S, but for underflow, and with the float32 score s^_k of any code k
+   s~_j* <= S_j* <= S_k + 2 B'' <= s^_k + B' + 2 B'': the slack again, whose second B' is left for underflow.
 
 For inner products c = 0 and n = 0, and the float64 score is -z . e: its error, doubled as S is, is at most
 2 (d + 1) 2^-53 |z| |e|, which item 4 covers because 4 |z| |e| <= (|z| + |e|)^2; item 3 falls away.
@@ -38,6 +42,7 @@ the contract.
 """
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,22 +100,25 @@ def slack_of(lengths: Tensor, longest: Tensor, dim: int, operand: float, accumul
     return slack.to(lengths.dtype)
 
 
-def screen_of(lengths: Tensor, lost: Tensor, longest: Tensor, error: Tensor, dim: int) -> Tensor:
-    """(N,) how far above a float32 score of any code the bfloat16 score of the nearest one may lie; see item 6.
+class Screen(NamedTuple):
+    """Shares of lengths by which a bfloat16 score is lowered; see item 6.
 
-    Args:
-        lengths: (N,) computed lengths of the scaled and centred latents, float32.
-        lost: (N,) computed lengths of what they lost by rounding to bfloat16.
-        longest: 0-d, the largest computed length of a code.
-        error: 0-d, the largest computed length of what a code lost by rounding.
-        dim: d.
+    Attributes:
+        kappa: of |E|^2.
+        lam: of |Z|, in the factor of 2 |E|.
     """
-    # Lengths are computed in float32: a thousandth is more than any sum of up to 4,096 terms loses.
-    size, lost, length, error = (1.001 * x for x in (lengths, lost, longest, error))
-    # Lengthened by one rounding to bfloat16, latents and codes bound the rounded ones.
-    sums = slack_of(lengths * (1 + 2.0**-8), longest * (1 + 2.0**-8), dim, 0.0, 4 * 2.0**-24)
-    screen: Tensor = sums + 1.01 * 2 * (lost * length + (size + lost) * error)
-    return screen
+
+    kappa: float
+    lam: float
+
+
+def screen_of(dim: int) -> Screen:
+    """What sums in float32 may lose of a bfloat16 score of d dimensions."""
+    u = 2.0**-24
+    terms = (dim + 8) * 4 * u
+    gamma = terms / (1 - terms)
+    stored = (dim + 1) * u / (1 - (dim + 1) * u)
+    return Screen(1.01 * (gamma + stored + 8 * u), 1.05 * gamma + 3 * u)
 
 
 def roundoff(dtype: torch.dtype) -> tuple[float, float]:

@@ -40,8 +40,6 @@ _TILES_PER_BLOCK = 32
 # Powers of two that bring inputs to a common scale: one float32 factor, and sums of codes do not overflow before it. Inputs
 # whose largest entry is above 2^100 or below 2^-60 go to `streaming`.
 _EXPONENTS = range(-60, 101)
-# bfloat16 is given up where a latent has to look at more than this share of the codes again, which costs what it saves.
-_TOO_MANY = 1 / 64
 
 
 class _Problem(ctypes.Structure):
@@ -116,11 +114,7 @@ def _search(
     block = _TILES_PER_BLOCK * kernel.rows
     start = min(block, z.shape[0])
     looked = _run(kernel, prepared, 0, start, indices, score)
-    if (
-        screened
-        and bfloat16 is None
-        and looked.float32 > _TOO_MANY * start * codes.shape[0] + 4 * _bundle(codes.shape[0]) * start
-    ):
+    if screened and bfloat16 is None and looked.float32 > start * _worth(*codes.shape):
         prepared = _prepare(kernel, z, codes, exponent, dot, False)
         looked = _run(kernel, prepared, 0, start, indices, score)
     if patience is not None and looked.float64 * z.shape[0] > patience * start:
@@ -134,16 +128,24 @@ def _prepare(kernel: Library, z: Tensor, codes: Tensor, exponent: int, dot: bool
     (rows, d), count = z.shape, codes.shape[0]
     scale = 2.0**exponent
     centre = torch.zeros(d) if dot else codes.mean(0) * scale
-    packed, norms, longest, lost = _pack_codes(kernel, codes, scale, centre, bfloat16)
-    latents, tiles, lengths, rounding = _pack_latents(kernel, z, scale, centre, bfloat16)
-    slack = slack_of(lengths, longest, d, 0.0, 2.0**-24)
-    screen = screen_of(lengths, rounding, longest, lost, d) if bfloat16 else slack
+    packed, norms, starts = _pack_codes(kernel, codes, scale, centre, bfloat16)
+    latents, tiles, lengths = _pack_latents(kernel, z, scale, centre, bfloat16)
+    slack = slack_of(lengths, norms[:count].amax().sqrt(), d, 0.0, 2.0**-24)
     if dot:
-        norms[:count] = 0.0
-    tensors = (z, codes, latents, tiles, packed, norms, centre, screen, slack)
+        norms[:count] = starts[:count] = 0.0
+    tensors = (z, codes, latents, tiles, packed, norms, starts, centre, slack)
     problem = _Problem(rows, d, count, norms.shape[0] // _GROUP, _bundle(count), *(t.data_ptr() for t in tensors))
     problem.scale, problem.bfloat16, problem.dot = scale, int(bfloat16), int(dot)
     return _Prepared(problem, tensors)
+
+
+def _worth(num_codes: int, dim: int) -> float:
+    """How many codes a latent may look at again before float32 products would have been quicker.
+
+    In cycles of a unit of 16 lanes: K d / 16 for products in float32, K (d + 2) / 32 in bfloat16, 15 + d / 4 for each code.
+    """
+    saved = num_codes * (dim - 2) / 32
+    return 2 * _bundle(num_codes) + saved / (15 + dim / 4)
 
 
 def _bundle(num_codes: int) -> int:
@@ -152,84 +154,88 @@ def _bundle(num_codes: int) -> int:
 
 def _pack_codes(
     kernel: Library, codes: Tensor, scale: float, centre: Tensor, bfloat16: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes in groups, their squared norms, and the largest length of a code and of what one lost by rounding (0-d)."""
-    assert kernel.functions is not None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes in groups, their squared lengths, and where the sums of their scores begin."""
     count, d = codes.shape
     bundle = _bundle(count)
     groups = -(-count // (_GROUP * bundle)) * bundle
+    width = _width(kernel, d, bfloat16)
+    packed = torch.empty(groups * width * _GROUP, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     norms = torch.empty(groups * _GROUP)
-    width, dtype = (d + d % 2, torch.bfloat16) if bfloat16 else (d, torch.float32)
-    packed = torch.empty(groups * width * _GROUP, dtype=dtype)
-    outputs = [packed, norms, *([torch.empty_like(norms)] if bfloat16 else [])]
-    pack = kernel.functions.pack_bfloat16 if bfloat16 else kernel.functions.pack_float32
-    threads = max(1, min(torch.get_num_threads(), groups // bundle))
-    share = -(-groups // threads)
+    starts = torch.empty_like(norms) if bfloat16 else norms
+    given = (_at(codes), ctypes.c_int64(count), ctypes.c_int64(d), ctypes.c_float(scale), _at(centre))
 
-    def work(number: int) -> int:
-        begin = min(groups, number * share)
-        places = (ctypes.c_void_p(t.data_ptr()) for t in outputs)
-        limits = (ctypes.c_int64(begin), ctypes.c_int64(min(groups, begin + share)))
-        table, where = ctypes.c_void_p(codes.data_ptr()), ctypes.c_void_p(centre.data_ptr())
-        pack(table, ctypes.c_int64(count), ctypes.c_int64(d), ctypes.c_float(scale), where, *limits, *places)
-        return 0
+    def work(begin: int, end: int) -> None:
+        limits = ctypes.c_int64(begin), ctypes.c_int64(end)
+        if bfloat16:
+            kappa = ctypes.c_float(screen_of(d).kappa)
+            kernel.call("pack_bfloat16", *given, kappa, *limits, _at(packed), _at(norms), _at(starts))
+        else:
+            kernel.call("pack_float32", *given, *limits, _at(packed), _at(norms))
 
-    _in_threads(work, threads)
-    longest, lost = (t[:count].amax().sqrt() for t in (norms, outputs[-1]))
-    return packed, norms, longest, lost
+    _in_threads(work, groups)
+    return packed, norms, starts
 
 
 def _pack_latents(
     kernel: Library, z: Tensor, scale: float, centre: Tensor, bfloat16: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Latents scaled and centred, the same in tiles, and the lengths of each and of what it lost by rounding."""
-    assert kernel.functions is not None
-    functions, (rows, d) = kernel.functions, z.shape
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents scaled and centred, the same in tiles, and their lengths."""
+    rows, d = z.shape
     count = -(-rows // kernel.rows)
-    latents = torch.empty(count * kernel.rows, d)
-    width, dtype = (d + d % 2, torch.bfloat16) if bfloat16 else (d, torch.float32)
-    tiles = torch.empty(count * kernel.rows * width, dtype=dtype)
-    squares, errors = torch.empty(2, count * kernel.rows)
-    threads = max(1, min(torch.get_num_threads(), count))
-    share = -(-count // threads)
+    width = _width(kernel, d, bfloat16)
+    latents, squares = torch.empty(count * kernel.rows, d), torch.empty(count * kernel.rows)
+    tiles = torch.empty(count * kernel.rows * width, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    given = (_at(z), ctypes.c_int64(rows), ctypes.c_int64(d), ctypes.c_float(scale), _at(centre))
+    outputs = (ctypes.c_int32(bfloat16), _at(latents), _at(tiles), _at(squares))
+    lam = ctypes.c_float(screen_of(d).lam)
 
-    def work(number: int) -> int:
-        begin = min(count, number * share)
-        sizes = (ctypes.c_int64(rows), ctypes.c_int64(d), ctypes.c_float(scale), ctypes.c_void_p(centre.data_ptr()))
-        limits = (ctypes.c_int64(begin), ctypes.c_int64(min(count, begin + share)), ctypes.c_int32(bfloat16))
-        outputs = (ctypes.c_void_p(t.data_ptr()) for t in (latents, tiles, squares, errors))
-        functions.pack_latents(ctypes.c_void_p(z.data_ptr()), *sizes, *limits, *outputs)
-        return 0
+    def work(begin: int, end: int) -> None:
+        kernel.call("pack_latents", *given, lam, ctypes.c_int64(begin), ctypes.c_int64(end), *outputs)
 
-    _in_threads(work, threads)
-    return latents, tiles, squares.sqrt_(), errors.sqrt_()
+    _in_threads(work, count)
+    return latents, tiles, squares.sqrt_()
+
+
+def _width(kernel: Library, dim: int, bfloat16: bool) -> int:
+    """Columns of the product."""
+    return kernel.call("bfloat16_width", ctypes.c_int64(dim)) if bfloat16 else dim
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def _run(kernel: Library, prepared: _Prepared, first: int, last: int, indices: Tensor, score: Tensor) -> _Looked:
-    """Searches for rows [first, last), in as many threads as torch has."""
-    functions, block = kernel.functions, _TILES_PER_BLOCK * kernel.rows
-    assert functions is not None
-    threads = max(1, min(torch.get_num_threads(), -(-(last - first) // block)))
-    share = -(-(last - first) // (threads * kernel.rows)) * kernel.rows
-    looked = torch.zeros(threads, 2, dtype=torch.int64)
+    """Searches for rows [first, last), in as many threads as torch has; `first` is a multiple of a tile."""
+    tiles = -(-(last - first) // kernel.rows)
+    block = ctypes.c_int64(_TILES_PER_BLOCK * kernel.rows)
+    parts: list[Tensor] = []
 
-    def work(number: int) -> int:
-        begin = min(last, first + number * share)
-        arguments = (begin, min(last, begin + share), block)
-        outputs = (ctypes.c_void_p(t.data_ptr()) for t in (indices, score, looked[number]))
-        return int(functions.search(ctypes.byref(prepared.problem), *map(ctypes.c_int64, arguments), *outputs))
+    def work(begin: int, end: int) -> None:
+        looked = torch.zeros(2, dtype=torch.int64)
+        limits = (min(last, first + place * kernel.rows) for place in (begin, end))
+        problem, outputs = ctypes.byref(prepared.problem), (_at(indices), _at(score), _at(looked))
+        if kernel.call("search", problem, *map(ctypes.c_int64, limits), block, *outputs):
+            raise MemoryError("no memory for the minima of a block of latents: search with fewer codes or threads")
+        parts.append(looked)
 
-    if any(_in_threads(work, threads)):
-        raise MemoryError("no memory for the minima of a block of latents: search with fewer codes or threads")
-    single, double = looked.sum(0).tolist()
+    _in_threads(work, tiles)
+    single, double = torch.stack(parts).sum(0).tolist()
     return _Looked(single, double)
 
 
-def _in_threads(work: Callable[[int], int], threads: int) -> list[int]:
+def _in_threads(work: Callable[[int, int], None], count: int) -> None:
+    """Cuts [0, count) into one range for every thread of torch."""
+    threads = max(1, min(torch.get_num_threads(), count))
+    share = -(-count // threads)
+    limits = [(min(count, number * share), min(count, (number + 1) * share)) for number in range(threads)]
     if threads == 1:
-        return [work(0)]
+        work(*limits[0])
+        return
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, range(threads)))
+        for done in [pool.submit(work, *limit) for limit in limits]:
+            done.result()
 
 
 def softmax_rows(logits: Tensor, winner: Tensor, losers: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -248,22 +254,16 @@ def softmax_rows(logits: Tensor, winner: Tensor, losers: bool) -> tuple[Tensor, 
         rest: (R,) sum of all other weights.
         cost: (R,) sum of w (l - m) over the weights that are left.
     """
-    functions = library().functions
-    assert functions is not None
     assert logits.is_contiguous()
-    (rows, codes), winner = logits.shape, winner.contiguous()
+    kernel, (rows, codes), winner = library(), logits.shape, winner.contiguous()
     outputs = torch.empty(4, rows)
-    threads = max(1, min(torch.get_num_threads(), rows))
-    share = -(-rows // threads)
 
-    def work(number: int) -> int:
-        part = slice(min(rows, number * share), min(rows, (number + 1) * share))
-        count = (ctypes.c_int64(part.stop - part.start), ctypes.c_int64(codes))
-        places = (ctypes.c_void_p(t[part].data_ptr()) for t in outputs)
-        given = (ctypes.c_void_p(t[part].data_ptr()) for t in (logits, winner))
-        functions.softmax_rows(next(given), *count, next(given), ctypes.c_int32(losers), *places)
-        return 0
+    def work(begin: int, end: int) -> None:
+        part = slice(begin, end)
+        size = ctypes.c_int64(end - begin), ctypes.c_int64(codes)
+        places = (_at(output[part]) for output in outputs)
+        kernel.call("softmax_rows", _at(logits[part]), *size, _at(winner[part]), ctypes.c_int32(losers), *places)
 
-    _in_threads(work, threads)
+    _in_threads(work, rows)
     largest, top, rest, cost = outputs
     return largest, top, rest, cost

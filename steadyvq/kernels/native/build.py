@@ -46,6 +46,11 @@ class Library(NamedTuple):
     groups: int
     reason: str
 
+    def call(self, name: str, *arguments: object) -> int:
+        """Calls a function of the library."""
+        assert self.functions is not None, self.reason
+        return int(getattr(self.functions, name)(*arguments))
+
 
 @functools.cache
 def library() -> Library:
@@ -57,6 +62,7 @@ def library() -> Library:
         reason = str(error)
         _log.info("kernels run in torch: %s", reason)
         return Library(None, False, 0, 0, reason)
+    functions.bfloat16_width.restype = ctypes.c_int64
     rows, groups = int(functions.rows_per_tile()), int(functions.groups_per_panel())
     return Library(functions, bool(functions.has_bfloat16()), rows, groups, str(path))
 

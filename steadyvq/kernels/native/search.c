@@ -4,7 +4,7 @@
  * exact; rounding.py has the bound. Plain C11 and the intrinsics of one layer below; no floating-point option that
  * changes results may be used to compile this.
  *
- * Codes lie in groups of 16: group g of float32 is [d][16] with entry -2 E, of bfloat16 [d / 2][16][2]. A bundle is 16 lanes
+ * Codes lie in groups of 16: group g of float32 is [d][16] with entry -2 E, of bfloat16 [width / 2][16][2]. A bundle is 16 lanes
  * apart: one lane of BUNDLE neighbouring groups, so that its minimum needs no sum across a register.
  */
 #include <math.h>
@@ -15,6 +15,9 @@
 #include "lanes.h"
 
 #define GROUP 16
+
+/* More than a sum of 4,096 squares in float32 can lose of a length. */
+#define LENGTHEN 1.001f
 
 #define PER_GROUP (GROUP / LANES)                                    /* vectors per group */
 #define STEP (VECTORS / PER_GROUP > 0 ? VECTORS / PER_GROUP : 1)     /* groups per panel */
@@ -38,12 +41,22 @@ static inline uint16_t to_bfloat16(float x) {
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+/* The next number away from zero. */
+static inline uint16_t up_to_bfloat16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return (uint16_t)((bits + 0xffff) >> 16);
+}
+
 static inline float from_bfloat16(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
     float value;
     memcpy(&value, &bits, 4);
     return value;
 }
+
+/* Columns of a bfloat16 product: d entries, two for the bound, and one of zeros if that is odd. */
+int64_t bfloat16_width(int64_t d) { return (d + 3) / 2 * 2; }
 
 /* Groups [first, last) of float32: entries -2 E and norms |E|^2, E = scale e - centre; infinite norms behind the last code. */
 void pack_float32(const float *codes, int64_t count, int64_t d, float scale, const float *centre, int64_t first, int64_t last,
@@ -66,10 +79,11 @@ void pack_float32(const float *codes, int64_t count, int64_t d, float scale, con
     }
 }
 
-/* The same in bfloat16, rounded to nearest, d padded to an even number; errors: (padded codes) |E - E~|^2. */
-void pack_bfloat16(const float *codes, int64_t count, int64_t d, float scale, const float *centre, int64_t first, int64_t last,
-                   uint16_t *packed, float *norms, float *errors) {
-    int64_t width = (d + 1) / 2 * 2;
+/* The same in bfloat16, rounded to nearest, with columns -2 |E| and -2 |E - E~| behind them, both rounded up: beside the columns of
+ * `pack_latents` they make every score a lower bound. starts: (1 - kappa) |E|^2, where the sums begin. */
+void pack_bfloat16(const float *codes, int64_t count, int64_t d, float scale, const float *centre, float kappa, int64_t first,
+                   int64_t last, uint16_t *packed, float *norms, float *starts) {
+    int64_t width = bfloat16_width(d);
     for (int64_t g = first; g < last; g++) {
         uint16_t *out = packed + g * width * GROUP;
         memset(out, 0, width * GROUP * sizeof(uint16_t));
@@ -84,34 +98,41 @@ void pack_bfloat16(const float *codes, int64_t count, int64_t d, float scale, co
                 norm += e * e;
                 error += rest * rest;
             }
+            float lengths[2] = {norm, error};
+            for (int64_t k = d; k < d + 2; k++)
+                out[k / 2 * 2 * GROUP + lane * 2 + k % 2] = up_to_bfloat16(-2.0f * LENGTHEN * sqrtf(lengths[k - d]));
             norms[g * GROUP + lane] = j < count ? norm : INFINITY;
-            errors[g * GROUP + lane] = error;
+            starts[g * GROUP + lane] = norms[g * GROUP + lane] * (1.0f - kappa);
         }
     }
 }
 
-/* Tiles [first, last) of latents scale z - centre: as they are, and transposed as float32 (d, ROWS) or bfloat16 (d / 2, ROWS, 2);
- * squares of their lengths and, in bfloat16, of the lengths of what rounding lost. Rows behind the last are zero. */
-void pack_latents(const float *z, int64_t rows, int64_t d, float scale, const float *centre, int64_t first, int64_t last,
-                  int32_t bfloat16, float *latents, void *tiles, float *squares, float *errors) {
-    int64_t width = bfloat16 ? (d + 1) / 2 * 2 : d;
+/* Tiles [first, last) of latents scale z - centre: as they are, and transposed as float32 (d, ROWS) or bfloat16 (width / 2, ROWS, 2);
+ * squares of their lengths. Behind the entries of a bfloat16 latent are |Z - Z~| + lambda |Z| and |Z| + |Z - Z~|, rounded up. Rows
+ * behind the last are zero. */
+void pack_latents(const float *z, int64_t rows, int64_t d, float scale, const float *centre, float lambda, int64_t first,
+                  int64_t last, int32_t bfloat16, float *latents, void *tiles, float *squares) {
+    int64_t width = bfloat16 ? bfloat16_width(d) : d;
     for (int64_t i = first * ROWS; i < last * ROWS; i++) {
         float *out = latents + i * d, square = 0.0f, error = 0.0f;
         float *single = (float *)tiles + i / ROWS * width * ROWS + i % ROWS;
         uint16_t *half = (uint16_t *)tiles + i / ROWS * width * ROWS + i % ROWS * 2;
         for (int64_t k = 0; k < d; k++) out[k] = i < rows ? z[i * d + k] * scale - centre[k] : 0.0f;
         for (int64_t k = 0; k < d; k++) square += out[k] * out[k];
-        if (bfloat16) {
-            for (int64_t k = 0; k < width; k++) {
-                uint16_t rounded = k < d ? to_bfloat16(out[k]) : 0;
-                float rest = k < d ? out[k] - from_bfloat16(rounded) : 0.0f;
-                half[k / 2 * 2 * ROWS + k % 2] = rounded;
-                error += rest * rest;
-            }
-            errors[i] = error;
-        } else
-            for (int64_t k = 0; k < d; k++) single[k * ROWS] = out[k];
         squares[i] = square;
+        if (!bfloat16) {
+            for (int64_t k = 0; k < d; k++) single[k * ROWS] = out[k];
+            continue;
+        }
+        for (int64_t k = 0; k < d; k++) {
+            uint16_t rounded = to_bfloat16(out[k]);
+            float rest = out[k] - from_bfloat16(rounded);
+            half[k / 2 * 2 * ROWS + k % 2] = rounded;
+            error += rest * rest;
+        }
+        float length = LENGTHEN * sqrtf(square), lost = LENGTHEN * sqrtf(error), last_columns[3];
+        last_columns[0] = lost + lambda * length, last_columns[1] = length + lost, last_columns[2] = 0.0f;
+        for (int64_t k = d; k < width; k++) half[k / 2 * 2 * ROWS + k % 2] = up_to_bfloat16(last_columns[k - d]);
     }
 }
 
@@ -217,8 +238,8 @@ typedef struct {
     const float *latents;                   /* (rows, d) scaled and centred */
     const void *tiles;                      /* the same in tiles of ROWS, transposed, float32 or bfloat16 */
     const void *packed;                     /* codes in groups */
-    const float *norms, *centre;            /* (groups * GROUP) and (d) */
-    const float *screen, *slack;            /* (rows) see search */
+    const float *norms, *starts, *centre;   /* (groups * GROUP): |E|^2, and where the sums begin; (d) */
+    const float *slack;                     /* (rows) see search */
     float scale;
     int32_t bfloat16, dot;
 } Problem;
@@ -234,21 +255,21 @@ typedef struct {
 
 static void block_minima(const Problem *p, int64_t top, int64_t end, float *minima) {
     int64_t supers = p->groups / p->bundle, stride = supers * GROUP, tiles = (end - top + ROWS - 1) / ROWS;
-    int64_t width = p->bfloat16 ? (p->d + 1) / 2 * 2 : p->d;
+    int64_t width = p->bfloat16 ? bfloat16_width(p->d) : p->d;
     for (int64_t s = 0; s < supers; s++) {
         int64_t group = s * p->bundle;
-        const float *norms = p->norms + group * GROUP;
+        const float *starts = p->starts + group * GROUP;
         for (int64_t t = 0; t < tiles; t++) {
             int64_t offset = (top + t * ROWS) * width;
             float *low = minima + t * ROWS * stride + s * GROUP;
 #if defined(__AVX512BF16__)
             if (p->bfloat16) {
                 tile_bfloat16((const uint16_t *)p->tiles + offset, width / 2,
-                              (const uint16_t *)p->packed + group * width * GROUP, norms, p->bundle, low, stride);
+                              (const uint16_t *)p->packed + group * width * GROUP, starts, p->bundle, low, stride);
                 continue;
             }
 #endif
-            tile_float32((const float *)p->tiles + offset, width, (const float *)p->packed + group * width * GROUP, norms,
+            tile_float32((const float *)p->tiles + offset, width, (const float *)p->packed + group * width * GROUP, starts,
                          p->bundle, low, stride);
         }
     }
@@ -270,8 +291,8 @@ static int64_t look(const Problem *p, int64_t i, int64_t bundle, Scratch *s) {
 
 /* Nearest codes of rows [first, last), `first` a multiple of ROWS, in blocks of `block` rows, a multiple of ROWS too.
  *
- * The nearest code lies in a bundle whose minimum is at most `screen` above any float32 score, and its float32 score is at
- * most `slack` above any other. looked: pairs scored in float32 and in float64 are added up here. Returns -1 without memory.
+ * The nearest code lies in a bundle whose minimum is at most `slack` above any float32 score, and its float32 score is at most
+ * that much above any other. looked: pairs scored in float32 and in float64 are added up here. Returns -1 without memory.
  */
 int search(const Problem *p, int64_t first, int64_t last, int64_t block, int64_t *indices, double *score, int64_t *looked) {
     int64_t bundles = p->groups / p->bundle * GROUP, most = p->groups * GROUP;
@@ -294,7 +315,7 @@ int search(const Problem *p, int64_t first, int64_t last, int64_t block, int64_t
             s.found = 0, s.lowest = INFINITY;
             looked[0] += look(p, i, best_bundle, &s);
             for (int64_t b = 0; b < bundles; b += GROUP) {
-                float limit = s.lowest + p->screen[i];
+                float limit = s.lowest + p->slack[i];
                 int any = 0;
                 for (int l = 0; l < GROUP; l++) any |= low[b + l] <= limit;
                 for (int l = 0; any && l < GROUP; l++)
