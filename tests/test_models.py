@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from steadyvq.models import AUTOENCODERS, AutoencoderConfig, Decoder, Encoder, Tokenizer, autoencoder_config
-from steadyvq.models.autoencoder import ResBlock, group_count
+from steadyvq.models.blocks import ResBlock, group_count
 from steadyvq.quantizers import build_quantizer
 
 TINY = AutoencoderConfig(channels=8, multipliers=(1, 2), num_res_blocks=1, num_mid_blocks=1, z_channels=12)
