@@ -278,8 +278,9 @@ def _build_quantizer(spec: Any, folder: Path) -> Quantizer:
 def _quantizer_names(spec: Mapping[str, Any]) -> list[str]:
     """The method that a specification names, and those that it hands on to the layers inside."""
     names = [str(spec[key]) for key in ("name", "inner") if key in spec]
-    options = spec.get("inner_options")
-    return names + (_quantizer_names(options) if isinstance(options, Mapping) else [])
+    parts = spec.get("parts")
+    nested = [spec.get("inner_options"), *(parts if isinstance(parts, list) else [])]
+    return names + [name for part in nested if isinstance(part, Mapping) for name in _quantizer_names(part)]
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
