@@ -403,3 +403,14 @@ def test_a_published_size_of_diffusers_with_old_names_of_attention(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         import_tokenizer(tmp_path)
+
+
+def test_diffusers_is_told_which_levels_attend(tmp_path):
+    """Highest resolution first in the encoder, lowest first in the decoder."""
+    import json
+
+    export_tokenizer(ours(), tmp_path, "diffusers")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["down_block_types"] == ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
+    assert config["up_block_types"] == ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"]
+    assert (config["block_out_channels"], config["layers_per_block"]) == ([32, 64], 2)
