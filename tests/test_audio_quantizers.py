@@ -225,3 +225,19 @@ def test_parts_of_users_files_are_never_run(tmp_path):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         build_quantizer(num_codes=8, dim=4, **options)
+
+
+def test_the_cosine_assignment_takes_the_most_similar_direction_and_keeps_lengths():
+    """argmax_j z . e_j / (|z| |e_j|), one latent at a time; codes of other lengths, so neither l2 nor dot gives it."""
+    z, table = normal(40, 6, seed=1), normal(12, 6, seed=2) * torch.linspace(0.2, 3, 12)[:, None]
+    vq = build_quantizer("vq", num_codes=12, dim=6, assign="cosine")
+    with torch.no_grad():
+        vq.codes.base.copy_(table)
+    expected = [max(range(12), key=lambda j, x=x: float(x @ table[j]) / float(table[j].norm())) for x in z]
+    out = vq(z)
+    assert out.indices.tolist() == expected
+    assert torch.equal(out.z_q, table[expected])
+    torch.testing.assert_close(out.assignment.distance, (z - table[expected]).square().sum(-1))
+    for other in ("l2", "dot"):
+        assert build_quantizer("vq", num_codes=12, dim=6, assign=other).assign(z, table)[0].tolist() != expected
+    assert torch.equal(vq.bake()(z).indices, out.indices)
