@@ -52,7 +52,7 @@ def dot(z: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
 def cosine(z: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """The code of the most similar direction; the lowest index on exact equality. Codes keep their lengths."""
     indices, _ = kernels.nearest(unit(z), unit(table))
-    return indices, (z - table[indices]).square().sum(-1)
+    return indices, (table[indices] - z).square().sum(-1)
 
 
 ASSIGNMENTS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"l2": l2, "dot": dot, "cosine": cosine}
