@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import tiny_recipe
+from foreign import save_taming
 from runs import environment
 
 from steadyvq.experiments import tables
@@ -49,6 +50,7 @@ def test_every_python_block_runs(photos, steadyvq_command, tmp_path):
     """In the order of each document, in one folder where the README's run has been trained."""
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(tiny_recipe(photos)))
     assert steadyvq_command("train", "r.yaml", "--out", "runs/mine").returncode == 0
+    save_taming(tmp_path / "vqgan.ckpt")
     for name, text in blocks("python"):
         if text.startswith("@register"):
             text = "from steadyvq.quantizers import compose, register\nPARTS = {}\n" + text
@@ -65,6 +67,7 @@ def test_every_command_runs(photos, steadyvq_command, tmp_path):
     folder.mkdir()
     (folder / "my_photos").symlink_to(photos)
     (folder / "DIR").symlink_to(photos)
+    save_taming(folder / "vqgan.ckpt")
     own = next(text for _, text in blocks("python") if "def half_vq" in text)
     (folder / "my_file.py").write_text(own)
     small = ["epochs=1", "data.epoch_samples=16", "data.eval_crops=8", "data.source=my_photos", "data.eval_split=val"]

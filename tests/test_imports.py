@@ -15,17 +15,22 @@ ALLOWED = {
     "kernels": set(),
     "quantizers": {"kernels"},
     "models": {"quantizers"},
-    "interop": {"quantizers"},
+    "interop": {"quantizers", "models"},
     "data": set(),
     "metrics": set(),
     "report": set(),
     "training": {"kernels", "quantizers", "models", "data", "metrics", "report"},
     "experiments": {"kernels", "quantizers", "models", "data", "metrics", "report", "training"},
-    "cli": {"kernels", "quantizers", "models", "data", "metrics", "report", "training", "experiments"},
+    "cli": {"kernels", "quantizers", "models", "interop", "data", "metrics", "report", "training", "experiments"},
     "recipes": set(),
 }
 LIBRARY = ("kernels", "quantizers", "models", "interop")
-THIRD_PARTY = {"kernels": {"torch"}, "quantizers": {"torch"}, "models": {"torch", "safetensors"}, "interop": {"torch"}}
+THIRD_PARTY = {
+    "kernels": {"torch"},
+    "quantizers": {"torch"},
+    "models": {"torch", "safetensors"},
+    "interop": {"torch", "safetensors"},
+}
 
 
 def imports(file: Path) -> set[str]:

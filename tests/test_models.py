@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from steadyvq.models import AUTOENCODERS, AutoencoderConfig, Decoder, Encoder, Tokenizer, autoencoder_config
-from steadyvq.models.autoencoder import ResBlock, group_count
+from steadyvq.models.blocks import ResBlock, group_count
 from steadyvq.quantizers import build_quantizer
 
 TINY = AutoencoderConfig(channels=8, multipliers=(1, 2), num_res_blocks=1, num_mid_blocks=1, z_channels=12)
@@ -130,6 +130,23 @@ def test_sizes_refuse_in_one_sentence():
         AutoencoderConfig(num_res_blocks=0)
     with pytest.raises(ValueError, match=r"channels is 1\.5"):
         AutoencoderConfig(channels=1.5)
+    with pytest.raises(ValueError, match="layout is 'unet'"):
+        AutoencoderConfig(layout="unet")
+    with pytest.raises(ValueError, match="mid_attention is True, but the layout 'simvq'"):
+        AutoencoderConfig(mid_attention=True)
+    with pytest.raises(ValueError, match="patch is 2, but the layout 'vqgan'"):
+        AutoencoderConfig(layout="vqgan", patch=2)
+    with pytest.raises(ValueError, match="levels, from 0 to 3"):
+        AutoencoderConfig(layout="vqgan", attention=(4,))
+    with pytest.raises(ValueError, match="groups is 0"):
+        AutoencoderConfig(groups=0)
+    with pytest.raises(ValueError, match="groups is 3, but a layer has 8 channels"):
+        AutoencoderConfig(channels=8, groups=3).build()
+    with pytest.raises(ValueError, match="projection is false"):
+        Tokenizer.build(
+            AutoencoderConfig(8, (1, 2), z_channels=6, projection=False),
+            build_quantizer("vq", num_codes=8, dim=4, channel_axis=1),
+        )
     assert AutoencoderConfig(multipliers=[1, 2]) == AutoencoderConfig(multipliers=(1, 2))
 
 
@@ -295,3 +312,64 @@ def test_hand_made_parts_say_what_they_need(tmp_path):
     built.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"pass quantizer=\.\.\."):
         Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("drop", ["layout", "projection"])
+def test_folders_of_before_a_setting_was_added_are_read(tmp_path, drop):
+    tiny().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["autoencoder"][drop]
+    edit_config(tmp_path, **config)
+    assert torch.equal(Tokenizer.from_pretrained(tmp_path).encode(images()), tiny().encode(images()))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AutoencoderConfig(8, (1, 2), 1, z_channels=6, layout="vqgan", attention=(0, 1), mid_attention=True),
+        AutoencoderConfig(
+            8, (2, 1, 1), 1, z_channels=12, layout="vqgan", decoder_res_blocks=1, groups=4, projection=True
+        ),
+        AutoencoderConfig(8, (1, 2), 1, 1, z_channels=12, adaptive=True, groups=2),
+    ],
+)
+def test_every_layout_trains_each_parameter_and_is_saved(config, tmp_path):
+    tokenizer = Tokenizer.build(config, build_quantizer("vq", num_codes=16, dim=12, channel_axis=1, init="unit_normal"))
+    out, quantized = tokenizer(images())
+    assert out.shape == images().shape
+    ((out - images()).square().mean() + quantized.loss).backward()
+    # A shift of the keys is the same for all positions and so without a gradient, but for rounding.
+    silent = [n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.any()]
+    assert all(name.endswith(".k.bias") for name in silent)
+    tokenizer.eval().save_pretrained(tmp_path)
+    again = Tokenizer.from_pretrained(tmp_path)
+    assert again.config == config
+    assert torch.equal(again.encode(images()), tokenizer.encode(images()))
+    assert torch.equal(again.decode(again.encode(images())), tokenizer.decode(tokenizer.encode(images())))
+
+
+def test_attention_is_that_of_its_equation():
+    """x_i + W_o sum_j softmax_j(q_i . k_j / sqrt(C)) v_j + b_o, position by position."""
+    from steadyvq.models.blocks import Attention
+
+    torch.manual_seed(0)
+    block = Attention(8, groups=2).double()
+    x = torch.randn(2, 8, 3, 2, dtype=torch.float64)
+    normed = torch.nn.functional.group_norm(x, 2, block.norm.weight, block.norm.bias, 1e-6).flatten(2)
+    parts = {n: getattr(block, n) for n in ("q", "k", "v")}
+    q, k, v = (p.weight[..., 0, 0] @ normed + p.bias[:, None] for p in parts.values())
+    expected = x.flatten(2).clone()
+    for b in range(2):
+        for i in range(6):
+            scores = torch.stack([(q[b, :, i] * k[b, :, j]).sum() / 8**0.5 for j in range(6)])
+            share = scores.exp() / scores.exp().sum()
+            mixed = sum(share[j] * v[b, :, j] for j in range(6))
+            expected[b, :, i] += block.proj.weight[..., 0, 0] @ mixed + block.proj.bias
+    torch.testing.assert_close(block(x), expected.reshape(x.shape))
+
+
+def test_latents_of_one_position_have_no_spread():
+    from steadyvq.models.blocks import AdaptiveNorm
+
+    out = AdaptiveNorm(4, 8)(torch.randn(2, 8, 2, 2), torch.randn(2, 4, 1, 1))
+    assert out.isfinite().all()

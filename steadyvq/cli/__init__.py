@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `steadyvq demo | compare | train | eval | encode | decode | report | list |
-kernels`.
+"""The command line: `steadyvq demo | compare | train | eval | encode | decode | import | export | report | list | kernels`.
 
     steadyvq demo                                   watch a codebook die and ours live, on real photographs
     steadyvq compare --data DIR                     which method suits your images
     steadyvq train quickstart --data DIR            a tokenizer for your images
     steadyvq train quickstart --set optim.lr=3e-4   one setting changed
     steadyvq train --resume runs/quickstart         go on after an interruption
+    steadyvq import vqgan.ckpt tokenizer            somebody else's tokenizer as one of ours
 
 Only the parser is imported here: torch is loaded by the command that needs it, so `--help` is instant.
 """
@@ -55,6 +55,7 @@ def build_parser() -> Parser:
     _add_compare(commands)
     _add_train(commands)
     _add_use(commands)
+    _add_exchange(commands)
     _add_report_and_list(commands)
     _add_kernels(commands)
     return parser
@@ -116,6 +117,24 @@ def _add_use(commands: "argparse._SubParsersAction[Parser]") -> None:
     decode.add_argument("--out", type=Path, required=True, help="the folder of PNG files")
     for command in (evaluate, encode, decode):
         command.add_argument("--quantizer", metavar="FILE.py:FUNCTION", help="where your own quantizer lies, if moved")
+
+
+def _add_exchange(commands: "argparse._SubParsersAction[Parser]") -> None:
+    inward = commands.add_parser("import", help="somebody else's checkpoint as a saved tokenizer", allow_abbrev=False)
+    inward.add_argument("file", type=Path, help="a checkpoint (.ckpt, .pt, .safetensors) or a diffusers folder")
+    inward.add_argument("out", type=Path, help="the folder of the tokenizer")
+    inward.add_argument(
+        "--format", default="auto", help="taming, llamagen, simvq, ibq, lfq, fvq, diffusers (default: auto)"
+    )
+    inward.add_argument(
+        "--weights", default="auto", help="ema, model, or auto: the average where there is one (default)"
+    )
+    inward.add_argument("--groups", type=int, help="groups of every GroupNorm (default: 32, or what diffusers says)")
+    outward = commands.add_parser("export", help="a trained tokenizer as another project's file", allow_abbrev=False)
+    outward.add_argument("run", type=Path, help="a run folder or a saved tokenizer")
+    outward.add_argument("out", type=Path, help="the file (for diffusers the folder)")
+    outward.add_argument("--format", required=True, help="taming, llamagen or diffusers")
+    outward.add_argument("--quantizer", metavar="FILE.py:FUNCTION", help="where your own quantizer lies, if moved")
 
 
 def _add_report_and_list(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -211,6 +230,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from steadyvq.cli.kernels import explain
 
         return explain(arguments)
+    if arguments.command in ("import", "export"):
+        from steadyvq.cli import exchange
+
+        return {"import": exchange.import_file, "export": exchange.export_file}[arguments.command](arguments)
     from steadyvq.cli import use
 
     return {"eval": use.evaluate_run, "encode": use.encode, "decode": use.decode}[arguments.command](arguments)

@@ -3,5 +3,15 @@
 
 from steadyvq.models.autoencoder import AUTOENCODERS, AutoencoderConfig, Decoder, Encoder, autoencoder_config
 from steadyvq.models.tokenizer import Tokenizer
+from steadyvq.models.vqgan import VqganDecoder, VqganEncoder
 
-__all__ = ["AUTOENCODERS", "AutoencoderConfig", "Decoder", "Encoder", "Tokenizer", "autoencoder_config"]
+__all__ = [
+    "AUTOENCODERS",
+    "AutoencoderConfig",
+    "Decoder",
+    "Encoder",
+    "Tokenizer",
+    "VqganDecoder",
+    "VqganEncoder",
+    "autoencoder_config",
+]

@@ -19,56 +19,13 @@ weights w (4C, ...) of the source become `w.unflatten(0, (4, C)).transpose(0, 1)
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-def group_count(channels: int) -> int:
-    """Return the number of GroupNorm groups for a width.
-
-    It is 32 for every width of the published sizes (a multiple of 32 from 128 on); narrower layers get the largest
-    divisor of the width that leaves at least four channels in a group, since a group of one channel would erase that
-    channel's mean, and with it the overall colour of an image.
-    """
-    limit = max(1, min(32, channels // 4))
-    return next(groups for groups in range(limit, 0, -1) if channels % groups == 0)
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(group_count(channels), channels, eps=1e-6)
-
-
-class ResBlock(nn.Module):
-    """Residual block: x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 skip where the width changes.
-
-    Args:
-        in_channels: width of the input.
-        out_channels: width of the output.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.norm1 = _norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-        self.norm2 = _norm(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.skip: nn.Module = nn.Identity()
-        if in_channels != out_channels:
-            self.skip = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, in_channels, h, w) to (B, out_channels, h, w)."""
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
-        out: Tensor = self.skip(x) + hidden
-        return out
-
-
-def _blocks(in_channels: int, out_channels: int, count: int) -> list[nn.Module]:
-    widths = [in_channels] + [out_channels] * count
-    return [ResBlock(a, b) for a, b in pairwise(widths)]
+from steadyvq.models.blocks import AdaptiveNorm, group_norm, res_blocks
+from steadyvq.models.vqgan import VqganDecoder, VqganEncoder
 
 
 def _downsample(channels: int) -> nn.Module:
@@ -90,6 +47,7 @@ class Encoder(nn.Module):
         z_channels: width of the latents.
         patch: side of the pixel squares that are folded into channels first (1: none).
         in_channels: channels of the images.
+        groups: of the norms; None: as many as fit each width.
     """
 
     def __init__(
@@ -101,6 +59,7 @@ class Encoder(nn.Module):
         z_channels: int,
         patch: int = 1,
         in_channels: int = 3,
+        groups: int | None = None,
     ) -> None:
         super().__init__()
         widths = [channels * multiplier for multiplier in multipliers]
@@ -109,12 +68,12 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(in_channels * patch**2, channels, 3, padding=1, bias=False)
         self.levels = nn.ModuleList()
         for level, (before, width) in enumerate(zip([channels, *widths], widths, strict=False)):
-            layers = _blocks(before, width, num_res_blocks)
+            layers = res_blocks(before, width, num_res_blocks, groups=groups)
             if level < len(widths) - 1:
                 layers.append(_downsample(width))
             self.levels.append(nn.Sequential(*layers))
-        self.mid = nn.Sequential(*_blocks(widths[-1], widths[-1], num_mid_blocks))
-        self.norm_out = _norm(widths[-1])
+        self.mid = nn.Sequential(*res_blocks(widths[-1], widths[-1], num_mid_blocks, groups=groups))
+        self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 1)
 
     @property
@@ -142,6 +101,8 @@ class Decoder(nn.Module):
         z_channels: width of the latents.
         patch: side of the pixel squares that are unfolded from channels last (1: none).
         out_channels: channels of the images.
+        groups: of the norms; None: as many as fit each width.
+        adaptive: whether a group norm that mean and spread of the latents scale comes before each level.
     """
 
     def __init__(
@@ -153,18 +114,23 @@ class Decoder(nn.Module):
         z_channels: int,
         patch: int = 1,
         out_channels: int = 3,
+        groups: int | None = None,
+        adaptive: bool = False,
     ) -> None:
         super().__init__()
         widths = [channels * multiplier for multiplier in multipliers][::-1]
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
-        self.mid = nn.Sequential(*_blocks(widths[0], widths[0], num_mid_blocks))
+        self.mid = nn.Sequential(*res_blocks(widths[0], widths[0], num_mid_blocks, groups=groups))
         self.levels = nn.ModuleList()
-        for level, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False)):
-            layers = _blocks(before, width, num_res_blocks)
+        entering = [widths[0], *widths[:-1]]
+        norms = [AdaptiveNorm(z_channels, before, groups) for before in entering] if adaptive else None
+        self.adaptive = None if norms is None else nn.ModuleList(norms)
+        for level, (before, width) in enumerate(zip(entering, widths, strict=True)):
+            layers = res_blocks(before, width, num_res_blocks, groups=groups)
             if level < len(widths) - 1:
                 layers.append(_upsample(width))
             self.levels.append(nn.Sequential(*layers))
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], out_channels * patch**2, 3, padding=1)
         self.unfold = nn.PixelShuffle(patch)
 
@@ -176,8 +142,8 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """Map latents (B, z_channels, h, w) to images (B, out_channels, f h, f w), not clamped."""
         x: Tensor = self.mid(self.conv_in(latents))
-        for level in self.levels:
-            x = level(x)
+        for i, level in enumerate(self.levels):
+            x = level(x if self.adaptive is None else self.adaptive[i](x, latents))
         x = self.unfold(self.conv_out(F.silu(self.norm_out(x))))
         return x
 
@@ -190,10 +156,18 @@ class AutoencoderConfig:
         channels: width of the level of full resolution.
         multipliers: width of each level in units of `channels`, highest resolution first.
         num_res_blocks: residual blocks per level.
-        num_mid_blocks: residual blocks at the lowest resolution.
+        num_mid_blocks: residual blocks at the lowest resolution (layout `simvq`; `vqgan` always has two).
         z_channels: width of the encoder's output and of the decoder's input.
         patch: side of the pixel squares that are folded into channels before the first level (1: none, as published).
-            Saves the levels of full resolution, which are most of the cost of a small model.
+            Saves the levels of full resolution, which are most of the cost of a small model (layout `simvq`).
+        layout: `simvq`, the autoencoder of this module, or `vqgan`, that of `steadyvq.models.vqgan`.
+        decoder_res_blocks: residual blocks per level of the decoder (layout `vqgan`; None: one more than in the encoder).
+        attention: levels with attention, 0 the highest resolution (layout `vqgan`).
+        mid_attention: attention at the lowest resolution (layout `vqgan`).
+        groups: groups of every GroupNorm (None: 32, fewer where a width is small).
+        projection: 1x1 convolutions before and after the quantizer (None: where z_channels is not the code size).
+        adaptive: a group norm scaled by mean and spread of the latents before each level of the decoder, as in
+            Open-MAGVIT2 (layout `simvq`).
     """
 
     channels: int = 128
@@ -202,17 +176,45 @@ class AutoencoderConfig:
     num_mid_blocks: int = 2
     z_channels: int = 128
     patch: int = 1
+    layout: Literal["simvq", "vqgan"] = "simvq"
+    decoder_res_blocks: int | None = None
+    attention: tuple[int, ...] = ()
+    mid_attention: bool = False
+    groups: int | None = None
+    projection: bool | None = None
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "multipliers", tuple(self.multipliers))
+        for name in ("multipliers", "attention"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("channels", "num_res_blocks", "num_mid_blocks", "z_channels", "patch"):
             value, least = getattr(self, name), 0 if name == "num_mid_blocks" else 1
             if not _is_count(value, least):
                 raise ValueError(f"{name} is {value!r}, but it must be a whole number of at least {least}.")
+        for name in ("decoder_res_blocks", "groups"):
+            value = getattr(self, name)
+            if value is not None and not _is_count(value, 1):
+                raise ValueError(f"{name} is {value!r}, but it must be a whole number of at least 1, or null.")
         if not self.multipliers or not all(_is_count(multiplier, 1) for multiplier in self.multipliers):
             raise ValueError(
                 f"multipliers is {self.multipliers!r}, but it must hold one whole number of at least 1 per level, "
                 "such as (1, 2, 2, 4) for a downsampling of 8."
+            )
+        self._check_layout()
+
+    def _check_layout(self) -> None:
+        """Raise ValueError for settings that the layout does not have."""
+        if self.layout not in _ONLY_OF_THE_OTHER:
+            raise ValueError(f"layout is {self.layout!r}, but it must be one of {', '.join(_ONLY_OF_THE_OTHER)}.")
+        for name, neutral in _ONLY_OF_THE_OTHER[self.layout].items():
+            if getattr(self, name) != neutral:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but the layout {self.layout!r} has no such part: leave it "
+                    "out, or choose the other layout."
+                )
+        if not all(_is_count(level, 0) and level < len(self.multipliers) for level in self.attention):
+            raise ValueError(
+                f"attention is {self.attention!r}, but it must name levels, from 0 to {len(self.multipliers) - 1}."
             )
 
     @property
@@ -220,10 +222,27 @@ class AutoencoderConfig:
         """Image pixels per latent, along one side: patch * 2 ** (levels - 1)."""
         return self.patch * int(2 ** (len(self.multipliers) - 1))
 
-    def build(self) -> tuple[Encoder, Decoder]:
+    def build(self) -> tuple[Encoder | VqganEncoder, Decoder | VqganDecoder]:
         """Return a freshly initialised encoder and decoder of this size."""
+        if self.layout == "vqgan":
+            return self._build_vqgan()
         size = (self.channels, self.multipliers, self.num_res_blocks, self.num_mid_blocks, self.z_channels, self.patch)
-        return Encoder(*size), Decoder(*size)
+        return Encoder(*size, groups=self.groups), Decoder(*size, groups=self.groups, adaptive=self.adaptive)
+
+    def _build_vqgan(self) -> tuple[VqganEncoder, VqganDecoder]:
+        more = {"attention": self.attention, "mid_attention": self.mid_attention, "groups": self.groups}
+        up = self.num_res_blocks + 1 if self.decoder_res_blocks is None else self.decoder_res_blocks
+        return (
+            VqganEncoder(self.channels, self.multipliers, self.num_res_blocks, self.z_channels, **more),  # type: ignore[arg-type]
+            VqganDecoder(self.channels, self.multipliers, up, self.z_channels, **more),  # type: ignore[arg-type]
+        )
+
+
+_ONLY_OF_THE_OTHER: dict[str, dict[str, object]] = {
+    "simvq": {"decoder_res_blocks": None, "attention": (), "mid_attention": False},
+    "vqgan": {"patch": 1, "adaptive": False},
+}
+"""By layout, the settings that only the other one has, and their neutral values."""
 
 
 def _is_count(value: object, least: int) -> bool:
@@ -237,6 +256,9 @@ AUTOENCODERS: dict[str, AutoencoderConfig] = {
     "simvq_f8": AutoencoderConfig(),
     "small_f4": AutoencoderConfig(16, (1, 1, 2), num_res_blocks=1, num_mid_blocks=0, z_channels=32),
     "small_f8": AutoencoderConfig(16, (1, 1, 2, 2), num_res_blocks=1, num_mid_blocks=0, z_channels=32),
+    "vqgan_f16": AutoencoderConfig(
+        128, (1, 1, 2, 2, 4), z_channels=256, layout="vqgan", attention=(4,), mid_attention=True, projection=True
+    ),
 }
 
 

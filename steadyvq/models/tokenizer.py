@@ -24,12 +24,14 @@ from torch import Tensor, nn
 
 from steadyvq.files import write_atomically, write_text
 from steadyvq.models.autoencoder import AutoencoderConfig, Decoder, Encoder
+from steadyvq.models.vqgan import VqganDecoder, VqganEncoder
 from steadyvq.quantizers.base import Quantized, Quantizer
 
 FORMAT = 1
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 _NAMES_IN_AN_ERROR = 4
+_FIRST_SIZE_KEYS = {"channels", "multipliers", "num_res_blocks", "num_mid_blocks", "z_channels", "patch"}
 
 
 class Tokenizer(nn.Module):
@@ -52,8 +54,8 @@ class Tokenizer(nn.Module):
 
     def __init__(
         self,
-        encoder: Encoder,
-        decoder: Decoder,
+        encoder: Encoder | VqganEncoder,
+        decoder: Decoder | VqganDecoder,
         quantizer: Quantizer,
         pre_quant: nn.Module | None = None,
         post_quant: nn.Module | None = None,
@@ -73,9 +75,21 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def build(cls, config: AutoencoderConfig, quantizer: Quantizer) -> "Tokenizer":
-        """Return a freshly initialised tokenizer, with 1x1 convolutions where z_channels differs from the code size."""
+        """Return a freshly initialised tokenizer, with 1x1 convolutions where z_channels differs from the code size.
+
+        `config.projection` asks for them in any case.
+
+        Raises:
+            ValueError: they are to be left out, but z_channels differs from the code size.
+        """
         pre_quant = post_quant = None
-        if config.z_channels != quantizer.dim:
+        differs = config.z_channels != quantizer.dim
+        if differs and config.projection is False:
+            raise ValueError(
+                f"projection is false, but z_channels is {config.z_channels} and the quantizer's dim {quantizer.dim}: "
+                "make them equal, or leave projection out."
+            )
+        if differs or config.projection:
             pre_quant = nn.Conv2d(config.z_channels, quantizer.dim, 1)
             post_quant = nn.Conv2d(quantizer.dim, config.z_channels, 1)
         encoder, decoder = config.build()
@@ -238,7 +252,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _check_size_keys(size: Mapping[str, Any], path: Path) -> None:
     known = AutoencoderConfig.__dataclass_fields__
-    wrong = sorted(set(size) ^ set(known))
+    # What a later version added has a default that means what there was before.
+    wrong = sorted((set(size) - set(known)) | (_FIRST_SIZE_KEYS - set(size)))
     if wrong:
         raise ValueError(f"{path}: the autoencoder's keys must be {', '.join(known)}, but {wrong[0]!r} is not right.")
 
@@ -263,8 +278,9 @@ def _build_quantizer(spec: Any, folder: Path) -> Quantizer:
 def _quantizer_names(spec: Mapping[str, Any]) -> list[str]:
     """The method that a specification names, and those that it hands on to the layers inside."""
     names = [str(spec[key]) for key in ("name", "inner") if key in spec]
-    options = spec.get("inner_options")
-    return names + (_quantizer_names(options) if isinstance(options, Mapping) else [])
+    parts = spec.get("parts")
+    nested = [spec.get("inner_options"), *(parts if isinstance(parts, list) else [])]
+    return names + [name for part in nested if isinstance(part, Mapping) for name in _quantizer_names(part)]
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

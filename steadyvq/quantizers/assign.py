@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from steadyvq import kernels
-from steadyvq.quantizers.base import Reduce
+from steadyvq.quantizers.base import Reduce, unit
 from steadyvq.quantizers.noise import Noise
 
 
@@ -49,7 +49,13 @@ def dot(z: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     return indices, (z - table[indices]).square().sum(-1)
 
 
-ASSIGNMENTS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"l2": l2, "dot": dot}
+def cosine(z: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """The code of the most similar direction; the lowest index on exact equality. Codes keep their lengths."""
+    indices, _ = kernels.nearest(unit(z), unit(table))
+    return indices, (table[indices] - z).square().sum(-1)
+
+
+ASSIGNMENTS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"l2": l2, "dot": dot, "cosine": cosine}
 
 
 def evaluated(assign: Any) -> Callable[..., tuple[Tensor, Tensor]]:

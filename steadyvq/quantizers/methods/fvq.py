@@ -13,8 +13,9 @@ bridge. Attention is over T x T patches, never K x K. Released sizes: p = 4 at K
 Source: FVQ, arXiv 2509.10140; `qbridge_ViT.py` of its code ("corresponds to the paper"). The paper trains with learning
 annealing: `optim.decay: linear`, `optim.warmup_steps`, `optim.hold: 0.37` and `optim.final: 0.01`.
 Differs from the source: the official code cuts a square image of the codes into p x p patches; here a patch is p^2
-consecutive codes, which names the same codes in another order and allows every K that is a multiple of p^2. Its scripts call
-another file (DiT blocks with a constant condition); its always computed entropy loss is left out.
+consecutive codes, which names the same codes in another order and allows every K that is a multiple of p^2. `square=True` is
+the order of the source, for weights that come from there. Its scripts call another file (DiT blocks with a constant
+condition); its always computed entropy loss is left out.
 
 The start. As in the source W_out = b_out = 0: every code is exactly 0 at the first step, and every latent gets code 0.
 A base of U(-1/K, 1/K) is below the eps of LN: activations start at 0.05 (K = 16,384) to 0.003 (K = 262,144) of their
@@ -25,6 +26,7 @@ at the base, and `init_from` can place them on data.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, Literal
 
@@ -86,6 +88,7 @@ class BridgeCodebook(TransformedCodebook):
         hidden: h, a multiple of 4.
         depth: Number of blocks.
         start: `zeros` (the source), `xavier` or `residual`.
+        square: Patches are those of the image of sqrt(K) x sqrt(K) codes, row by row, instead of consecutive codes.
     """
 
     trainable = True
@@ -103,11 +106,13 @@ class BridgeCodebook(TransformedCodebook):
         hidden: int = 256,
         depth: int = 2,
         start: Start = "zeros",
+        square: bool = False,
     ) -> None:
         super().__init__()
         num_codes, dim = rows.shape
         _check(num_codes, patch, registers, hidden, depth, start)
-        self.per_token = patch * patch
+        self.side = _side(num_codes, patch) if square else None
+        self.patch, self.per_token = patch, patch * patch
         self.residual = start == "residual"
         if not self.residual:
             self.cannot_place = (
@@ -126,13 +131,27 @@ class BridgeCodebook(TransformedCodebook):
     def transform(self) -> Tensor:
         """Compresses, processes, recovers."""
         num_codes, dim = self.base.shape
-        tokens: Tensor = self.compress(self.base.reshape(-1, self.per_token * dim))
+        tokens: Tensor = self.compress(self._cut(self.base).reshape(-1, self.per_token * dim))
         if self.registers is not None:
             tokens = torch.cat([tokens, self.registers])
         for block in self.blocks:
             tokens = block(tokens)
         table: Tensor = self.recover(_norm(tokens[: num_codes // self.per_token])).reshape(num_codes, dim)
+        table = self._joined(table)
         return self.base + table if self.residual else table
+
+    def _cut(self, codes: Tensor) -> Tensor:
+        """Codes (K, d) patch by patch."""
+        return codes if self.side is None else self._swapped(codes, self.side // self.patch, self.patch)
+
+    def _joined(self, codes: Tensor) -> Tensor:
+        """Codes (K, d) that lie patch by patch in their own order."""
+        return codes if self.side is None else self._swapped(codes, self.patch, self.side // self.patch)
+
+    def _swapped(self, codes: Tensor, inner: int, outer: int) -> Tensor:
+        """Codes whose positions are (a, b, c, d) with b of `outer` and c of `inner` values as (a, c, b, d)."""
+        blocks = codes.reshape(-1, outer, inner, self.patch, codes.shape[1])
+        return blocks.transpose(1, 2).reshape(codes.shape)
 
     def set_rows_(self, rows: Tensor) -> None:
         """Puts the rows into the base and closes the bridge (`start="residual"` alone)."""
@@ -149,6 +168,16 @@ class BridgeCodebook(TransformedCodebook):
 
 
 CODEBOOKS["bridge"] = BridgeCodebook
+
+
+def _side(num_codes: int, patch: int) -> int:
+    """The side of the square image of all codes."""
+    side = math.isqrt(num_codes)
+    if side * side != num_codes or side % patch:
+        raise ValueError(
+            f"num_codes is {num_codes}, but square=True needs the square of a multiple of patch={patch}: leave it out"
+        )
+    return side
 
 
 def _check(num_codes: int, patch: int, registers: int, hidden: int, depth: int, start: str) -> None:
@@ -185,6 +214,7 @@ def fvq(
     hidden: int = 256,
     depth: int = 2,
     start: Start = "zeros",
+    square: bool = False,
     **overrides: Any,
 ) -> Quantizer:
     """FVQ; `patch` is 8 from 65,536 codes on and 4 below, as released, if it is not given."""
@@ -195,5 +225,6 @@ def fvq(
         hidden=hidden,
         depth=depth,
         start=start,
+        square=square,
     )
     return compose(num_codes, dim, {**PARTS, "codebook": bridge}, overrides)
