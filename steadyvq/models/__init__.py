@@ -1,7 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models: encoder and decoder, and the tokenizer that puts a quantizer between them."""
+"""Models: encoder and decoder, the tokenizer that puts a quantizer between them, discriminators that judge it."""
 
+from steadyvq.models.adversarial import Critic, adaptive_weight, discriminator_loss, generator_loss
 from steadyvq.models.autoencoder import AUTOENCODERS, AutoencoderConfig, Decoder, Encoder, autoencoder_config
+from steadyvq.models.discriminator import DISCRIMINATORS, build_discriminator
 from steadyvq.models.tokenizer import Tokenizer
 
-__all__ = ["AUTOENCODERS", "AutoencoderConfig", "Decoder", "Encoder", "Tokenizer", "autoencoder_config"]
+__all__ = [
+    "AUTOENCODERS",
+    "DISCRIMINATORS",
+    "AutoencoderConfig",
+    "Critic",
+    "Decoder",
+    "Encoder",
+    "Tokenizer",
+    "adaptive_weight",
+    "autoencoder_config",
+    "build_discriminator",
+    "discriminator_loss",
+    "generator_loss",
+]
