@@ -42,7 +42,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert names[0] == names[1], "no half-written file is left"
 
 
-@pytest.mark.parametrize("task", ["masked", "gan", "next_token"])
+@pytest.mark.parametrize("task", ["masked", "gan", "adversarial", "next_token"])
 def test_killed_after_a_checkpoint_and_resumed(whole, photos, tmp_path, task):
     step = random.SystemRandom().randint(21, 39)
     toy(task, tmp_path / "run", photos, "--harm", "die", step, code=-9)
