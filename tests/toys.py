@@ -232,42 +232,44 @@ class NextToken(Toy):
         return StepOutput(total, {"loss": total.detach()}, count=(target >= 0).sum())
 
 
+ADVERSARIAL = {
+    "model": {"channels": 8, "multipliers": [1, 2], "num_res_blocks": 1, "num_mid_blocks": 0, "z_channels": 6},
+    "adversarial": {
+        "discriminator": "patch",
+        "options": {"channels": 8, "layers": 2, "norm": "group"},
+        "adaptive": False,
+        "weight": 0.1,
+        "start": 3,
+        "head_start": 2,
+        "ramp_steps": 4,
+        "lecam": 0.1,
+        "lecam_decay": 0.9,
+    },
+    "stages": [
+        {"name": "joint", "until": {"plateau": "commitment", "patience": 9, "max_epochs": 2}},
+        {
+            "name": "warmup",
+            "until": {"max_epochs": 1},
+            "frozen": ["encoder", "discriminator"],
+            "weights": {"ns": 0.0, "commitment": 0.0, "adversarial": 0.0},
+            "paused": ["replace"],
+        },
+        {
+            "name": "refine",
+            "frozen": ["encoder"],
+            "weights": {"ns": 0.0, "commitment": 0.0},
+            "paused": ["replace"],
+            "ramp": {"adversarial": 2},
+        },
+    ],
+}
+
+
 class Adversarial(TokenizerTask):
     """The image tokenizer in float64; joint, a warmup without the adversarial loss, and its return over two epochs."""
 
     frozen = "encoder"
     best = ("size", "max")
-    recipe = {
-        "model": {"channels": 8, "multipliers": [1, 2], "num_res_blocks": 1, "num_mid_blocks": 0, "z_channels": 6},
-        "adversarial": {
-            "discriminator": "patch",
-            "options": {"channels": 8, "layers": 2, "norm": "group"},
-            "adaptive": False,
-            "weight": 0.1,
-            "start": 3,
-            "head_start": 2,
-            "ramp_steps": 4,
-            "lecam": 0.1,
-            "lecam_decay": 0.9,
-        },
-        "stages": [
-            {"name": "joint", "until": {"plateau": "commitment", "patience": 9, "max_epochs": 2}},
-            {
-                "name": "warmup",
-                "until": {"max_epochs": 1},
-                "frozen": ["encoder", "discriminator"],
-                "weights": {"ns": 0.0, "commitment": 0.0, "adversarial": 0.0},
-                "paused": ["replace"],
-            },
-            {
-                "name": "refine",
-                "frozen": ["encoder"],
-                "weights": {"ns": 0.0, "commitment": 0.0},
-                "paused": ["replace"],
-                "ramp": {"adversarial": 2},
-            },
-        ],
-    }
 
     def __init__(self, config):
         super().__init__(config, load_collection(config.data.source, min_side=16, max_side=160))
@@ -310,7 +312,7 @@ def toy_config(task, photos, sets=()):
         "log_every": 1,
         "keep_checkpoints": 2,
     }
-    return resolve(merge(recipe, getattr(TASKS[task], "recipe", {})), sets)
+    return resolve(merge(recipe, ADVERSARIAL if task == "adversarial" else {}), sets)
 
 
 def main() -> int:
