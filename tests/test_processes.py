@@ -73,6 +73,25 @@ class TestCuts:
 
 
 @pytest.mark.recovery
+@pytest.mark.parametrize(
+    ("cut", "adaptive"), [("two", False), ("four micro-batches", True), ("two by two", True)], ids=str
+)
+def test_a_tokenizer_against_a_discriminator(runs, cut, adaptive):
+    """Through the stages of NSVQ: both sides, both optimisers, the means of the logits and the codebook, to 1e-9."""
+    settings = (f"adversarial.adaptive={str(adaptive).lower()}",)
+    (path, _), (cut_path, _) = runs("adversarial", "one", *settings), runs("adversarial", cut, *settings)
+    assert [row["stage"] for row in log(path) if row["kind"] == "stage"] == ["joint", "warmup", "refine"]
+    whole = state(path)
+    assert whole["/module/discriminator.real_mean"] != 0
+    assert_same(whole, state(cut_path), 1e-9)
+    rows = [{k: v for k, v in row.items() if k.startswith("adversarial/")} for row in log(path)]
+    cut_rows = [{k: v for k, v in row.items() if k.startswith("adversarial/")} for row in log(cut_path)]
+    assert sum("adversarial/weight" in row for row in rows) == 15 + 30, "from step 5, and not in the warmup"
+    for row, cut_row in zip(rows, cut_rows, strict=True):
+        assert row == pytest.approx(cut_row, rel=1e-7, abs=1e-9)
+
+
+@pytest.mark.recovery
 @pytest.mark.parametrize("frozen", ["encoder", "quantizer"])
 def test_a_loss_that_couples_the_batch_sees_all_processes(runs, frozen):
     """The entropy of the mean assignment, with its gradient; a frozen quantizer computes it all the same."""

@@ -42,7 +42,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert names[0] == names[1], "no half-written file is left"
 
 
-@pytest.mark.parametrize("task", ["masked", "gan", "next_token"])
+@pytest.mark.parametrize("task", ["masked", "gan", "adversarial", "next_token"])
 def test_killed_after_a_checkpoint_and_resumed(whole, photos, tmp_path, task):
     step = random.SystemRandom().randint(21, 39)
     toy(task, tmp_path / "run", photos, "--harm", "die", step, code=-9)
@@ -51,20 +51,21 @@ def test_killed_after_a_checkpoint_and_resumed(whole, photos, tmp_path, task):
     assert_same_run(whole(task), tmp_path / "run")
 
 
-def test_killed_ten_times_in_all_stages(whole, photos, tmp_path):
+@pytest.mark.parametrize("task", ["masked", "adversarial"])
+def test_killed_ten_times_in_all_stages(photos, tmp_path, task):
     """Each of the ten dies somewhere in the ten steps after the last one's grave, or in a write."""
     dice = random.SystemRandom()
     settings = ["--set", "checkpoint_every=1"]
-    toy("masked", tmp_path / "whole", photos, *settings)
+    toy(task, tmp_path / "whole", photos, *settings)
     resume: list[str] = []
     for life in range(10):
         how, step = dice.choice(["die", "die", "die_in_write"]), min(58, 6 * life + dice.randint(0, 5))
         # A life that starts from a checkpoint behind its grave would outlive it: step is where it is at most.
         begun = latest_checkpoint(tmp_path / "run" / "checkpoints") if resume else None
         at = int(begun.stem.removeprefix("step-")) if begun else 0
-        toy("masked", tmp_path / "run", photos, *settings, *resume, "--harm", how, max(step, at), code=-9)
+        toy(task, tmp_path / "run", photos, *settings, *resume, "--harm", how, max(step, at), code=-9)
         resume = ["--resume"]
-    toy("masked", tmp_path / "run", photos, *settings, "--resume")
+    toy(task, tmp_path / "run", photos, *settings, "--resume")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 

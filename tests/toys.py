@@ -6,6 +6,7 @@ python tests/toys.py TASK RUN PHOTOS [--resume] [--set KEY=VALUE ...] [--record 
 masked      an autoencoder of pixel patches in float64 with masks, k-means start, replacement and a freeze
 fixed       a codebook on latents that do not move, in float32
 gan         two optimisers: a generator of patches against a discriminator
+adversarial the image tokenizer in float64 against a discriminator, through the three stages of NSVQ
 next_token  a recurrent model of grey levels, lines of unequal length
 """
 
@@ -28,7 +29,9 @@ from steadyvq.training.config import resolve
 from steadyvq.training.loop import Diverged, Engine, Interrupted
 from steadyvq.training.processes import FailedElsewhere, Processes, leave
 from steadyvq.training.run import RunFolder
+from steadyvq.training.strict import merge
 from steadyvq.training.task import StepOutput, Task
+from steadyvq.training.tokenizer_task import TokenizerTask
 
 PATCH, GRID, NOISE = 4, 4, 8
 LEVELS = 16
@@ -229,7 +232,60 @@ class NextToken(Toy):
         return StepOutput(total, {"loss": total.detach()}, count=(target >= 0).sum())
 
 
-TASKS = {"masked": Masked, "fixed": Fixed, "gan": Gan, "next_token": NextToken}
+ADVERSARIAL = {
+    "model": {"channels": 8, "multipliers": [1, 2], "num_res_blocks": 1, "num_mid_blocks": 0, "z_channels": 6},
+    "adversarial": {
+        "discriminator": "patch",
+        "options": {"channels": 8, "layers": 2, "norm": "group"},
+        "adaptive": False,
+        "weight": 0.1,
+        "start": 3,
+        "head_start": 2,
+        "ramp_steps": 4,
+        "lecam": 0.1,
+        "lecam_decay": 0.9,
+    },
+    "stages": [
+        {"name": "joint", "until": {"plateau": "commitment", "patience": 9, "max_epochs": 2}},
+        {
+            "name": "warmup",
+            "until": {"max_epochs": 1},
+            "frozen": ["encoder", "discriminator"],
+            "weights": {"ns": 0.0, "commitment": 0.0, "adversarial": 0.0},
+            "paused": ["replace"],
+        },
+        {
+            "name": "refine",
+            "frozen": ["encoder"],
+            "weights": {"ns": 0.0, "commitment": 0.0},
+            "paused": ["replace"],
+            "ramp": {"adversarial": 2},
+        },
+    ],
+}
+
+
+class Adversarial(TokenizerTask):
+    """The image tokenizer in float64; joint, a warmup without the adversarial loss, and its return over two epochs."""
+
+    frozen = "encoder"
+    best = ("size", "max")
+
+    def __init__(self, config):
+        super().__init__(config, load_collection(config.data.source, min_side=16, max_side=160))
+        self.module.double()
+
+    def batch(self, epoch, positions):
+        return super().batch(epoch, positions).double()
+
+    def end_epoch(self, epoch):
+        return {}
+
+    def validate(self, step, run):
+        return {"size": sum(float(p.detach().square().sum()) for p in self.tokenizer.parameters())}
+
+
+TASKS = {"adversarial": Adversarial, "masked": Masked, "fixed": Fixed, "gan": Gan, "next_token": NextToken}
 
 
 def toy_config(task, photos, sets=()):
@@ -256,7 +312,7 @@ def toy_config(task, photos, sets=()):
         "log_every": 1,
         "keep_checkpoints": 2,
     }
-    return resolve(recipe, sets)
+    return resolve(merge(recipe, ADVERSARIAL if task == "adversarial" else {}), sets)
 
 
 def main() -> int:

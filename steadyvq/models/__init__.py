@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models: encoder and decoder, and the tokenizer that puts a quantizer between them."""
+"""Models: encoder and decoder, the tokenizer that puts a quantizer between them, discriminators that judge it."""
 
+from steadyvq.models.adversarial import Critic, adaptive_weight, discriminator_loss, generator_loss
 from steadyvq.models.autoencoder import AUTOENCODERS, AutoencoderConfig, Decoder, Encoder, autoencoder_config
+from steadyvq.models.discriminator import DISCRIMINATORS, build_discriminator
 from steadyvq.models.tokenizer import Tokenizer
 from steadyvq.models.vqgan import VqganDecoder, VqganEncoder
 
 __all__ = [
     "AUTOENCODERS",
+    "DISCRIMINATORS",
     "AutoencoderConfig",
+    "Critic",
     "Decoder",
     "Encoder",
     "Tokenizer",
     "VqganDecoder",
     "VqganEncoder",
+    "adaptive_weight",
     "autoencoder_config",
+    "build_discriminator",
+    "discriminator_loss",
+    "generator_loss",
 ]

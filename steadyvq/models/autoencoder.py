@@ -144,8 +144,12 @@ class Decoder(nn.Module):
         x: Tensor = self.mid(self.conv_in(latents))
         for i, level in enumerate(self.levels):
             x = level(x if self.adaptive is None else self.adaptive[i](x, latents))
-        x = self.unfold(self.conv_out(F.silu(self.norm_out(x))))
-        return x
+        return self.to_images(F.silu(self.norm_out(x)))
+
+    def to_images(self, features: Tensor) -> Tensor:
+        """The last layer alone: features (B, channels, f h, f w), less by `patch`, to images (B, out_channels, f h, f w)."""
+        images: Tensor = self.unfold(self.conv_out(features))
+        return images
 
 
 @dataclass(frozen=True)

@@ -126,5 +126,9 @@ class VqganDecoder(nn.Module):
         x: Tensor = self.mid(self.conv_in(latents))
         for level in self.levels:
             x = level(x)
-        x = self.conv_out(F.silu(self.norm_out(x)))
-        return x
+        return self.to_images(F.silu(self.norm_out(x)))
+
+    def to_images(self, features: Tensor) -> Tensor:
+        """The last layer alone: features (B, channels, f h, f w) to images (B, out_channels, f h, f w)."""
+        images: Tensor = self.conv_out(features)
+        return images

@@ -122,7 +122,30 @@ STABILITY = (
         caption="Largest gradient entry over the optimizer's eps; far below 1 it has no effect.",
     ),
 )
-_NAMED = {(kind, key) for topic in (*QUALITY, *STABILITY) for kind, key, _ in topic.curves} | {
+ADVERSARIAL = (
+    Topic(
+        "Logits of the discriminator",
+        (
+            ("train", "adversarial/logits_real", "photographs"),
+            ("train", "adversarial/logits_fake", "reconstructions"),
+        ),
+        "mean logit",
+        caption="Above 0 it takes them for photographs; where the two part for good, it has won.",
+    ),
+    Topic(
+        "Adversarial weight",
+        (("train", "adversarial/weight", "weight"),),
+        "factor",
+        caption="What the discriminator's verdict weighs in the tokenizer's loss, ramps and balance included.",
+    ),
+    Topic(
+        "Adaptive weight",
+        (("train", "adversarial/adaptive_weight", "adaptive weight"),),
+        "ratio of gradients",
+        caption="Reconstruction gradient over adversarial gradient at the decoder's last layer, before weight and ramps.",
+    ),
+)
+_NAMED = {(kind, key) for topic in (*QUALITY, *STABILITY, *ADVERSARIAL) for kind, key, _ in topic.curves} | {
     ("eval", key) for key in ("psnr_low", "psnr_high", "active", "tokens", "num_codes")
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from steadyvq.report.charts import chart_figure
 from steadyvq.report.codebook import codebook_section
 from steadyvq.report.configuration import configuration_section, difference_section
-from steadyvq.report.curves import QUALITY, STABILITY, Topic, charts, losses, remaining
+from steadyvq.report.curves import ADVERSARIAL, QUALITY, STABILITY, Topic, charts, losses, remaining
 from steadyvq.report.evaluations import evaluation_section
 from steadyvq.report.gallery import picture_section
 from steadyvq.report.markup import Markup, tag
@@ -90,6 +90,7 @@ def _curve_sections(runs: Sequence[Run]) -> list[Markup]:
         sections = [("Quality", (*QUALITY, *by_name)), ("Stability", STABILITY)]
     else:
         sections = [("Quality", QUALITY), ("Stability", STABILITY), ("Losses", tuple(by_name))]
+    sections.append(("Adversarial training", ADVERSARIAL))
     shown = [part for name, topics in sections for part in _curve_figures(runs, name, topics)]
     others = [chart_figure(chart) for chart in charts(runs, remaining(runs))]
     if others:

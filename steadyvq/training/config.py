@@ -16,10 +16,12 @@ import yaml
 from steadyvq.data import BUILT_IN
 from steadyvq.models.autoencoder import AutoencoderConfig
 from steadyvq.quantizers.names import unknown
+from steadyvq.training.adversarial_config import AdversarialConfig
 from steadyvq.training.stages import Stage
 from steadyvq.training.strict import assignments, from_dict, merge, read_yaml
 
 SMALLEST_CROP = 11
+ADDED_TO_STAGES = ("ramp",)
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ class RunConfig:
         optim: Optimiser.
         stages: What is trained when.
         reconstruction: Pixel loss, on images in [-1, 1].
+        adversarial: A discriminator and its losses; none by default.
         epochs: Length of the run.
         batch_size: Images per optimiser step, over all processes.
         micro_batch_size: Most images that one process handles at once (None: its whole share of the batch); gradients
@@ -161,6 +164,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     stages: tuple[Stage, ...] = (Stage("joint"),)
     reconstruction: Literal["mse", "l1"] = "mse"
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     epochs: int = 10
     batch_size: int = 32
     micro_batch_size: int | None = None
@@ -235,8 +239,20 @@ class RunConfig:
         So a setting that a later version adds does not rename the runs of today. A changed default does change them in
         silence; a test holds the defaults.
         """
-        own = _without(self.to_dict(), RunConfig().to_dict())
+        own = _without(_as_hashed(self), _as_hashed(RunConfig()))
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _as_hashed(config: RunConfig) -> dict[str, Any]:
+    """The plain data, less what later versions added to stages and is not used.
+
+    Stages are a list and compared as a whole, so a new key would rename every run that has any.
+    """
+    plain = config.to_dict()
+    for stage in plain["stages"]:
+        for name in [name for name in ADDED_TO_STAGES if not stage[name]]:
+            del stage[name]
+    return plain
 
 
 def _without(data: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -300,4 +316,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         name = f"{Path(file).expanduser().resolve()}{colon}{function}"
     start = config.init_from and str(Path(config.init_from).expanduser().resolve())
     data, quantizer = replace(config.data, source=source), replace(config.quantizer, name=name)
-    return replace(config, data=data, quantizer=quantizer, init_from=start)
+    options = dict(config.adversarial.options)
+    if isinstance(options.get("weights"), str):
+        options["weights"] = str(Path(options["weights"]).expanduser().resolve())
+    adversarial = replace(config.adversarial, options=options)
+    return replace(config, data=data, quantizer=quantizer, init_from=start, adversarial=adversarial)

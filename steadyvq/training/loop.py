@@ -27,6 +27,7 @@ from steadyvq.training.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
+from steadyvq.training.config import resolve
 from steadyvq.training.means import Means
 from steadyvq.training.processes import FailedElsewhere, Processes, seed_step
 from steadyvq.training.progress import ProgressReport
@@ -101,7 +102,7 @@ class Engine:
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
-        self.average = WeightAverage(task.module, optim.ema_decay)
+        self.average = WeightAverage(task.averaged, optim.ema_decay)
         self.window, self.epoch_means = Means(), Means()
         self.step, self.seconds, self.broken, self.ended = 0, 0.0, 0, 0
         self.best: dict[str, Any] | None = None
@@ -116,7 +117,7 @@ class Engine:
         self.processes.connect(task.module)
         self._enter_stage()
         if checkpoint is None:
-            self.average.align(task.module)
+            self.average.align(task.averaged)
         if resume:
             self.processes.first(lambda: self._continue_folder(begun=checkpoint is not None))
 
@@ -187,9 +188,13 @@ class Engine:
         logs: dict[str, Tensor | float] = {}
         asked = stop.asked
         if not self.models:
+            self.task.begin_step(self.step)
             self.models = self.stepper.wrap(self._active, batches[0])
             seed_step(self.config.seed, self.step, self.processes.rank)
+        self.task.begin_step(self.step)
         for name, model in self.models.items():
+            if not self.task.due(name):
+                continue
             optimizer = self.optimizers[name]
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self.config.lr_factor(self.step)
@@ -202,7 +207,9 @@ class Engine:
             optimizer.step()
             for done, output in zip(earlier, found.outputs, strict=True):
                 done[name] = output
-            events = self.task.after_step(name, found.outputs, optimizer.optimizer, self.average)
+            events = dict(self.task.after_step(name, found.outputs, optimizer.optimizer, self.average))
+            for event in self.task.counts & events.keys():
+                self.window.count(event, int(events.pop(event)))
             logs |= {**found.logs, f"grad_norm/{name}": found.norm, **events}
         else:
             self.broken = 0
@@ -365,7 +372,9 @@ class Engine:
 
     def _resume(self, path: Path) -> None:
         state = load_checkpoint(path)
-        changed = [n for n in differences(state["config"], self.config.to_dict()) if n not in MAY_CHANGE]
+        # A setting that the version which wrote it did not know had its default.
+        written = resolve(state["config"]).to_dict()
+        changed = [n for n in differences(written, self.config.to_dict()) if n not in MAY_CHANGE]
         if changed:
             raise ValueError(
                 f"{path} was written with another configuration (differs in {', '.join(changed[:5])}): "

@@ -23,9 +23,10 @@ class Means:
             self._sums[name] = self._sums[name] + number if name in self._sums else number
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def count(self, name: str) -> None:
-        """Counts an event; `read` gives the number of events of that name, not a mean."""
-        self._events[name] = self._events.get(name, 0) + 1
+    def count(self, name: str, number: int = 1) -> None:
+        """Counts events; `read` gives the number of events of that name, not a mean."""
+        if number:
+            self._events[name] = self._events.get(name, 0) + number
 
     def read(self) -> dict[str, float | int]:
         """The means so far, and the counts of events."""

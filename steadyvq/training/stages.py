@@ -16,7 +16,7 @@ The same `Schedule` drives our loop and yours:
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,8 @@ class Stage:
         paused: Maintenance of the quantizer that rests, by name (`replace`, `ema`, `temperature`).
         estimator: The gradient estimator of the quantizer in this stage (None: its own). With a frozen encoder,
             `straight_through` loses the reconstruction gradient in it, as in the paper; `direct` hands it to the codes.
+        ramp: Epochs over which the weight of a loss that the quantizer does not own rises linearly from 0 at the stage's
+            beginning, by name of the loss (`adversarial`).
     """
 
     name: str
@@ -77,6 +79,12 @@ class Stage:
     weights: dict[str, float] = field(default_factory=dict)
     paused: tuple[str, ...] = ()
     estimator: str | None = None
+    ramp: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, epochs in self.ramp.items():
+            if not epochs >= 0:
+                raise ValueError(f"stage {self.name!r} ramps {name!r} over {epochs} epochs, but at least 0 are needed")
 
 
 def nsvq_stages(
@@ -84,6 +92,7 @@ def nsvq_stages(
     *,
     warmup_epochs: int = 1,
     estimator: str | None = None,
+    adversarial_ramp: float | None = None,
 ) -> tuple[Stage, ...]:
     """The three stages of NSVQ: joint, warmup, refine.
 
@@ -92,15 +101,19 @@ def nsvq_stages(
         warmup_epochs: Length of the warmup (not in the text).
         estimator: `direct` trains codes by the reconstruction gradient once the encoder is frozen; the paper's reading
             is None (straight-through).
+        adversarial_ramp: Epochs over which an adversarial loss returns in refine (2 in the paper), after a warmup without it
+            in which the part `discriminator` is frozen; None: there is no adversarial loss. Whoever owns it asks
+            `Schedule.weight("adversarial", ...)`.
     """
     consolidated = {"ns": 0.0, "commitment": 0.0}
+    judged = adversarial_ramp is not None
     return (
         Stage("joint", until or Until(plateau="commitment", patience=10)),
         Stage(
             "warmup",
             Until(max_epochs=warmup_epochs),
-            frozen=("encoder",),
-            weights=consolidated,
+            frozen=("encoder", "discriminator") if judged else ("encoder",),
+            weights=consolidated | ({"adversarial": 0.0} if judged else {}),
             paused=("replace",),
             estimator=estimator,
         ),
@@ -110,6 +123,7 @@ def nsvq_stages(
             weights=consolidated,
             paused=("replace",),
             estimator=estimator,
+            ramp={} if adversarial_ramp is None else {"adversarial": adversarial_ramp},
         ),
     )
 
@@ -158,6 +172,22 @@ class Schedule:
         self._epochs, self._best, self._stale = 0, math.inf, 0
         return True
 
+    @property
+    def epochs(self) -> int:
+        """Epochs that the present stage has lasted."""
+        return self._epochs
+
+    def weight(self, name: str, default: float, within: float = 0.0) -> float:
+        """The present weight of a loss that the quantizer does not own.
+
+        Args:
+            name: Of the loss, as in the stages' `weights` and `ramp`.
+            default: Its weight where a stage says nothing.
+            within: How much of the present epoch is over when the step is done: (i + 1) / n in its step i of n.
+        """
+        weight, ramp = self.stage.weights.get(name, default), self.stage.ramp.get(name, 0.0)
+        return weight * min(1.0, (self._epochs + within) / ramp) if ramp else weight
+
     def _finished(self, done: int, total: int, metrics: Mapping[str, float]) -> str | None:
         until = self.stage.until
         plateau = self._plateau(metrics)
@@ -189,14 +219,21 @@ class Schedule:
             return None
         return f"plateau of {until.plateau} ({until.patience} epochs)"
 
-    def apply(self, parts: Mapping[str, Sequence[nn.Module]], quantizer: Quantizer) -> None:
+    def apply(
+        self, parts: Mapping[str, Sequence[nn.Module]], quantizer: Quantizer, losses: Collection[str] = ("adversarial",)
+    ) -> None:
         """Freezes and thaws parts and sets the quantizer's weights, maintenance and estimator for the present stage.
 
         Frozen parts go into evaluation mode and all others into training mode: call it after `model.train()`.
+
+        Args:
+            parts: What stages may freeze, by name.
+            quantizer: Whose losses the stages weigh.
+            losses: Names of losses that belong to somebody else, who asks `weight` for theirs.
         """
         for stage in (*self.stages, self.stage):
             # All of them: a mistake in the last stage is told before the first begins. The present one comes last and stays.
-            _configure(stage, parts, quantizer)
+            _configure(stage, parts, quantizer, losses)
         for name, modules in parts.items():
             for parameter in (p for module in modules for p in module.parameters()):
                 # What was frozen before the first stage stays frozen in all of them.
@@ -224,13 +261,24 @@ class Schedule:
         self._best = math.inf if state["best"] is None else state["best"]
 
 
-def _configure(stage: Stage, parts: Mapping[str, Sequence[nn.Module]], quantizer: Quantizer) -> None:
+def quantizer_weights(stage: Stage, losses: Collection[str]) -> dict[str, float]:
+    """The weights of a stage less those of losses that the quantizer does not own."""
+    return {name: weight for name, weight in stage.weights.items() if name not in losses}
+
+
+def _configure(
+    stage: Stage, parts: Mapping[str, Sequence[nn.Module]], quantizer: Quantizer, losses: Collection[str]
+) -> None:
     unknown = [name for name in stage.frozen if name not in parts]
     if unknown:
         known = ", ".join(sorted(parts))
         raise ValueError(f"stage {stage.name!r} freezes {unknown[0]!r}, but the parts are {known}")
+    wrong = [name for name in stage.ramp if name not in losses]
+    if wrong:
+        known = ", ".join(sorted(losses)) or "none"
+        raise ValueError(f"stage {stage.name!r} ramps {wrong[0]!r}, but the losses that a stage can ramp are {known}")
     quantizer.configure(
-        weights=stage.weights,
+        weights=quantizer_weights(stage, losses),
         paused=stage.paused,
         estimator=stage.estimator,
         frozen="quantizer" in stage.frozen,

@@ -121,6 +121,9 @@ class GlobalStep:
         outputs: list[StepOutput] = []
         weights: list[Weight] = []
         with _only_trained({id(p) for group in optimizer.param_groups for p in group["params"]}, self.task):
+            for i, batch in enumerate(batches if len(batches) > 1 else ()):
+                noise_from(self.task.module, self.shares[i].start)
+                self.task.survey(objective, batch)
             for i, batch in enumerate(batches):
                 with self._synchronised(model, last=i == len(batches) - 1):
                     noise_from(self.task.module, self.shares[i].start)

@@ -46,6 +46,7 @@ class Task(ABC):
         watchable: Names of the epoch means that the plateau of a stage may watch.
         always_used: Every parameter that a stage trains gets a gradient in every step. False where some get one in some
             steps only; several processes then look for them at each step, which takes time.
+        counts: Names of numbers of `after_step` that are added up, not averaged, over the steps of a row of the log.
         best: The metric of `validate` whose best checkpoint is kept, and which end is best; None: no such metric.
     """
 
@@ -53,7 +54,13 @@ class Task(ABC):
     objectives: tuple[str, ...]
     watchable: frozenset[str]
     always_used: bool = True
+    counts: frozenset[str] = frozenset()
     best: tuple[str, Literal["max", "min"]] | None = None
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The part of `module` whose averaged weights are evaluated and exported."""
+        return self.module
 
     @abstractmethod
     def parts(self) -> dict[str, list[nn.Module]]:
@@ -73,6 +80,19 @@ class Task(ABC):
 
         The engine hands every process its part of the global batch, so the data of a step do not depend on how many
         processes or micro-batches there are.
+        """
+
+    def begin_step(self, step: int) -> None:  # noqa: B027
+        """Called before everything else of a step, with the number of steps before it."""
+
+    def due(self, objective: str) -> bool:
+        """Whether an objective is optimised in the present step; the same in every process."""
+        return True
+
+    def survey(self, objective: str, batch: Any) -> None:  # noqa: B027
+        """Sees every micro-batch of a step before the first `loss`, where a process has more than one.
+
+        For what the loss of each of them needs to know of all: a number of the global batch.
         """
 
     @abstractmethod

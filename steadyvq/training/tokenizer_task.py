@@ -4,7 +4,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,28 @@ from steadyvq.quantizers import Codebook, Quantized, Quantizer, VectorQuantizer,
 from steadyvq.quantizers.maintenance import ReplaceDead
 from steadyvq.quantizers.names import coupling
 from steadyvq.report import code_map, picture_grid
+from steadyvq.training.adversary import DISCRIMINATOR, LOSS, NOT_FINITE, Adversary
 from steadyvq.training.average import WeightAverage
 from steadyvq.training.config import RunConfig
 from steadyvq.training.evaluation import evaluate, record_of
 from steadyvq.training.run import RunFolder
-from steadyvq.training.stages import Schedule
+from steadyvq.training.stages import Schedule, quantizer_weights
 from steadyvq.training.task import StepOutput, Task
 from steadyvq.training.weights import load_weights
 
 OBJECTIVE = "tokenizer"
+
+
+class Made(NamedTuple):
+    """What a forward of the tokenizer leaves for the rest of the step.
+
+    Attributes:
+        quantized: What its quantizer returned.
+        images: The reconstruction without gradient, where a discriminator will judge it.
+    """
+
+    quantized: Quantized
+    images: Tensor | None
 
 
 def quantizer_of(config: RunConfig, name: str | None = None) -> Quantizer:
@@ -47,6 +60,20 @@ def build_tokenizer(config: RunConfig) -> Tokenizer:
         return Tokenizer.build(config.model, quantizer)
 
 
+def build_adversary(config: RunConfig, tokenizer: Tokenizer) -> Adversary | None:
+    """What judges a tokenizer, if the configuration asks for it; initialised from its seed."""
+    if config.adversarial.discriminator == "none":
+        return None
+    return Adversary(
+        config.adversarial,
+        tokenizer,
+        image_size=config.data.crop_size,
+        steps_per_epoch=config.steps_per_epoch,
+        seed=config.seed + 1,
+        half=config.precision == "bf16-mixed",
+    )
+
+
 def load_photographs(config: RunConfig) -> Collection:
     """The photographs of a configuration."""
     data = config.data
@@ -63,7 +90,7 @@ class TokenizerTask(Task):
         photographs: Decoded photographs (None: loaded as the configuration says); sharing them between runs saves time.
     """
 
-    objectives = (OBJECTIVE,)
+    counts = frozenset({NOT_FINITE})
     best = ("psnr", "max")
 
     def __init__(self, config: RunConfig, photographs: Collection | None = None) -> None:
@@ -71,7 +98,12 @@ class TokenizerTask(Task):
         photographs = load_photographs(config) if photographs is None else photographs
         self.photographs = photographs
         self.tokenizer = build_tokenizer(config)
-        self.module = self.tokenizer
+        self.adversary = build_adversary(config, self.tokenizer)
+        self.module, self.objectives = self.tokenizer, (OBJECTIVE,)
+        if self.adversary is not None:
+            self.module = nn.ModuleDict({OBJECTIVE: self.tokenizer, DISCRIMINATOR: self.adversary.critic})
+            self.objectives = (OBJECTIVE, DISCRIMINATOR)
+        self.schedule: Schedule | None = None
         data = config.data
         scales = (1.0, data.max_scale)
         self.train_crops = CropDataset(
@@ -87,13 +119,25 @@ class TokenizerTask(Task):
         """The quantizer being trained."""
         return self.tokenizer.quantizer
 
+    @property
+    def averaged(self) -> nn.Module:
+        """The tokenizer; nobody evaluates a discriminator."""
+        return self.tokenizer
+
     def parts(self) -> dict[str, list[nn.Module]]:
-        """Encoder (with pre_quant), decoder (with post_quant), quantizer."""
-        return self.tokenizer.parts()
+        """Encoder (with pre_quant), decoder (with post_quant), quantizer; the discriminator, if there is one."""
+        judges: list[nn.Module] = [] if self.adversary is None else [self.adversary.critic]
+        return {**self.tokenizer.parts(), DISCRIMINATOR: judges}
+
+    def trained(self, objective: str) -> nn.Module:
+        """The tokenizer, or its discriminator."""
+        return self.tokenizer if self.adversary is None or objective == OBJECTIVE else self.adversary.critic
 
     def optimizer(self, objective: str) -> Optimizer:
         """Adam with a group of its own for a trainable codebook."""
         optim = self.config.optim
+        if self.adversary is not None and objective == DISCRIMINATOR:
+            return self.adversary.optimizer(optim.lr, optim.betas, optim.eps)
         own = codebook_parameters(self.quantizer)
         rest = [p for p in self.tokenizer.parameters() if all(p is not q for q in own)]
         groups: list[dict[str, Any]] = [{"params": rest, "lr": optim.lr, "eps": optim.eps}]
@@ -122,26 +166,67 @@ class TokenizerTask(Task):
         latents = torch.cat([self.tokenizer.latents(images.to(device)) for images in batches])
         self.quantizer.init_from(latents, method=settings.init, seed=self.config.seed)
 
+    def begin_step(self, step: int) -> None:
+        """Where the step stands in the run decides what the discriminator does."""
+        if self.adversary is not None and self.schedule is not None:
+            self.adversary.begin_step(step, self.schedule)
+
+    def due(self, objective: str) -> bool:
+        """The discriminator begins at its step."""
+        return self.adversary is None or objective == OBJECTIVE or self.adversary.learns
+
+    def survey(self, objective: str, batch: Tensor) -> None:
+        """The adaptive weight is that of the global batch."""
+        if self.adversary is not None and objective == OBJECTIVE:
+            self.adversary.survey(self.tokenizer, batch, lambda images: self._likeness(images, batch))
+
     def loss(self, objective: str, model: nn.Module, batch: Tensor, earlier: Mapping[str, StepOutput]) -> StepOutput:
-        """Reconstruction plus the quantizer's weighted losses."""
+        """Reconstruction plus the quantizer's weighted losses plus what a discriminator adds; or the discriminator's."""
+        if self.adversary is not None and objective == DISCRIMINATOR:
+            return self.adversary.judge(model, batch, self._made(batch, earlier))
         reconstruction, quantized = model(batch)
-        error = reconstruction.to(batch.dtype) - batch
-        pixel = error.square().mean() if self.config.reconstruction == "mse" else error.abs().mean()
-        total = pixel + quantized.loss
-        logs = {"loss": total, "loss/reconstruction": pixel}
+        reconstruction = reconstruction.to(batch.dtype)
+        images = reconstruction if self.adversary is None else self.adversary.images(reconstruction)
+        nll, logs = self._likeness(images, batch)
+        if self.adversary is not None:
+            nll, logs = self.adversary.join(reconstruction, images, nll, logs)
+        total = nll + quantized.loss
+        logs = {"loss": total, **logs}
         logs |= {f"loss/{name}": value for name, value in quantized.losses.items()}
         logs |= {f"vq/{name}": value for name, value in quantized.stats.items()}
         finite = quantized.assignment.distance.isfinite().all()
-        return StepOutput(total, {name: value.detach() for name, value in logs.items()}, quantized, finite=finite)
+        made = Made(quantized, None if self.adversary is None else reconstruction.detach())
+        return StepOutput(total, {name: value.detach() for name, value in logs.items()}, made, finite=finite)
+
+    def _likeness(self, images: Tensor, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What makes reconstructions like their originals, and its parts for the log."""
+        error = images - batch
+        pixel = error.square().mean() if self.config.reconstruction == "mse" else error.abs().mean()
+        return pixel, {"loss/reconstruction": pixel}
+
+    @torch.no_grad()
+    def _made(self, batch: Tensor, earlier: Mapping[str, StepOutput]) -> Tensor:
+        """What the tokenizer made of a batch before its step; where all of it is frozen, what it makes."""
+        if OBJECTIVE in earlier:
+            made: Made = earlier[OBJECTIVE].extra
+            assert made.images is not None
+            return made.images
+        images: Tensor = self.tokenizer(batch)[0]
+        return images.to(batch.dtype)
 
     def after_step(
         self, objective: str, outputs: Sequence[StepOutput], optimizer: Optimizer, average: WeightAverage
     ) -> Mapping[str, float | Tensor]:
-        """The quantizer's own bookkeeping."""
-        events = self.quantizer.update([output.extra for output in outputs], optimizer, average)
+        """The quantizer's own bookkeeping, or the discriminator's."""
+        if self.adversary is not None and objective == DISCRIMINATOR:
+            self.adversary.after_discriminator(outputs)
+            return {}
+        made = [output.extra.quantized for output in outputs]
+        events = self.quantizer.update(made, optimizer, average)
         logs: dict[str, float | Tensor] = {f"vq/{name}": value for name, value in events.items()}
-        logs["vq/relative_error"] = _relative_error([output.extra for output in outputs], self.quantizer)
-        largest = [float(o.extra.stats["ns_grad_max"]) for o in outputs if "ns_grad_max" in o.extra.stats]
+        logs["vq/relative_error"] = _relative_error(made, self.quantizer)
+        logs |= {} if self.adversary is None else self.adversary.events()
+        largest = [float(out.stats["ns_grad_max"]) for out in made if "ns_grad_max" in out.stats]
         if isinstance(self.quantizer, VectorQuantizer) and largest:
             logs["vq/temperature"] = float(self.quantizer.temperature)
             own = codebook_parameters(self.quantizer)
@@ -153,12 +238,21 @@ class TokenizerTask(Task):
 
     def on_stage(self, schedule: Schedule) -> None:
         """Freezes parts and sets the quantizer's weights."""
-        schedule.apply(self.parts(), self.quantizer)
+        self.schedule = schedule
+        if self.adversary is not None:
+            self.adversary.check(schedule)
+        schedule.apply(self.parts(), self.quantizer, losses=(LOSS,))
 
     def check_accumulation(self) -> None:
-        """Refuses losses that couple the latents of a batch, in any stage."""
+        """Refuses losses that couple the latents of a batch, in any stage, and batch normalisation that couples images."""
+        if self.adversary is not None and self.adversary.couples_batch:
+            raise ValueError(
+                f"micro_batch_size is {self.config.micro_batch_size}, but batch normalisation of the discriminator couples all "
+                "images of a batch, so that micro-batches do not add up to it: leave out micro_batch_size, or set "
+                "adversarial.options.norm=group"
+            )
         for stage in self.config.stages:
-            self.quantizer.configure(weights=stage.weights)
+            self.quantizer.configure(weights=quantizer_weights(stage, (LOSS,)))
             for name in self.quantizer.batch_coupled:
                 raise ValueError(
                     f"micro_batch_size is {self.config.micro_batch_size}, but {coupling(name)} of this quantizer couples all "

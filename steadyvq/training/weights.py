@@ -59,5 +59,8 @@ def averaged_weights(source: Path) -> dict[str, Tensor]:
             )
         source = newest
     state = load_checkpoint(source)
-    weights: dict[str, Tensor] = {**state["module"], **state["average"]["shadow"]}
+    module: dict[str, Tensor] = state["module"]
+    # Beside a discriminator the tokenizer is a part of what was trained.
+    part = {n.removeprefix("tokenizer."): value for n, value in module.items() if n.startswith("tokenizer.")}
+    weights: dict[str, Tensor] = {**(part or module), **state["average"]["shadow"]}
     return weights
