@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steadyvq.models.autoencoder import group_count
+from steadyvq.models.blocks import group_count
 
 DISCRIMINATORS = ("patch", "stylegan", "dino")
 Norm = Literal["batch", "group"]
