@@ -13,7 +13,7 @@ from numpy.lib.npyio import NpzFile
 from PIL import Image
 
 from steadyvq.cli.common import check_output, open_tokenizer, say, table
-from steadyvq.data import EvaluationCrops, decode_image, load_collection, to_float
+from steadyvq.data import EvaluationCrops, ImageSource, decode_image, open_photographs, to_float
 from steadyvq.data.collection import image_files, read_images
 from steadyvq.data.decode import centre_square
 from steadyvq.files import write_atomically
@@ -42,7 +42,10 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     check_output(out)
     max_side = config.data.max_side if config else None
     share = config.data.test_fraction if config else 0.0
-    photographs = load_collection(source, min_side=crop, max_side=max_side, test_fraction=share).split(arguments.split)
+    streaming = bool(config and config.data.streaming)
+    photographs = open_photographs(source, streaming, crop, max_side, share).split(arguments.split)
+    if isinstance(photographs, ImageSource):
+        photographs = photographs.load(count)
     crops = EvaluationCrops(photographs, crop, count)
     result = evaluate(tokenizer, crops, BATCH)
     record = record_of(result, crops, config.hash() if config else "", step)

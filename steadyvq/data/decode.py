@@ -2,6 +2,7 @@
 """From an image file to an 8-bit RGB tensor: decoding, orientation, transparency, size."""
 
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +35,14 @@ def resize(image: UInt8[Tensor, "3 H W"], height: int, width: int) -> UInt8[Tens
     return F.interpolate(image[None], size=(height, width), mode="bicubic", antialias=True)[0]
 
 
-def decode_image(path: str | Path, min_side: int = 1, max_side: int | None = None) -> UInt8[Tensor, "3 H W"]:
+def decode_image(path: str | Path | BytesIO, min_side: int = 1, max_side: int | None = None) -> UInt8[Tensor, "3 H W"]:
     """Decode one PNG, JPEG or WebP file of any mode to upright 8-bit RGB.
 
     The EXIF orientation is applied, transparency is laid over white, 16-bit greys are scaled to 8 bits, and an
     animation gives its first frame.
 
     Args:
-        path: The file.
+        path: The file, or its bytes.
         min_side: Pictures whose shorter side is below this many pixels are enlarged to it.
         max_side: Pictures whose longer side is above this many pixels are shrunk to it, though never so far that the
             shorter side falls below ``min_side``. None keeps the size.
@@ -90,7 +91,7 @@ def centre_square(image: UInt8[Tensor, "3 H W"], size: int) -> UInt8[Tensor, "3 
     return resize(image[:, top : top + side, left : left + side].contiguous(), size, size)
 
 
-def _decode(path: str | Path) -> np.ndarray:
+def _decode(path: str | Path | BytesIO) -> np.ndarray:
     """Return the upright RGB pixels, (H, W, 3) uint8."""
     with warnings.catch_warnings():
         # Pillow warns at half of its limit; up to the limit the picture is wanted.

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steadyvq.data import CropFeed
 from steadyvq.training.average import WeightAverage
 from steadyvq.training.run import RunFolder
 from steadyvq.training.stages import Schedule
@@ -47,6 +48,8 @@ class Task(ABC):
         always_used: Every parameter that a stage trains gets a gradient in every step. False where some get one in some
             steps only; several processes then look for them at each step, which takes time.
         best: The metric of `validate` whose best checkpoint is kept, and which end is best; None: no such metric.
+        feed: Where `batch` gets its samples from, if worker processes prepare them: the engine tells it what is to come,
+            logs what it reports and ends it. None: `batch` prepares them itself.
     """
 
     module: nn.Module
@@ -54,6 +57,7 @@ class Task(ABC):
     watchable: frozenset[str]
     always_used: bool = True
     best: tuple[str, Literal["max", "min"]] | None = None
+    feed: CropFeed | None = None
 
     @abstractmethod
     def parts(self) -> dict[str, list[nn.Module]]:
