@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from steadyvq.cli import FAILED, INTERRUPTED
@@ -66,6 +67,9 @@ def _resume(arguments: argparse.Namespace) -> int:
         )
     if arguments.recipe or arguments.set or arguments.data or arguments.quantizer:
         asked = _config(arguments) if arguments.recipe else _changed(run.config, arguments)
+        if asked.data.epoch_samples is None:
+            # Counted when the run began.
+            asked = replace(asked, data=replace(asked.data, epoch_samples=run.config.data.epoch_samples))
         changed = [n for n in differences(asked.to_dict(), run.config.to_dict()) if n not in MAY_CHANGE]
         if changed:
             raise ValueError(

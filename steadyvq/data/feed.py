@@ -59,7 +59,8 @@ class CropFeed:
         workers: Number of worker processes; 0: batches are prepared when they are asked for.
 
     Attributes:
-        labels: Classes of the last batch.
+        numbers: Which photographs the last batch is of.
+        labels: Their classes.
         total: What could not be read so far, in all processes that report (see ``learn``).
     """
 
@@ -107,7 +108,7 @@ class CropFeed:
             self._report.worked += asked - self._left
         piece = self._take(epoch, positions)
         images = to_float(piece.images)
-        self.labels = self.crops.labels(piece.numbers)
+        self.numbers, self.labels = piece.numbers, self.crops.labels(piece.numbers)
         self._report.faults.add(piece.faults)
         self._report.images += len(images)
         self._report.busy += piece.seconds
