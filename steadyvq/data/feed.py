@@ -4,6 +4,7 @@
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,17 +84,20 @@ class CropFeed:
         self.close()
         if not self.workers:
             return
-        loader = DataLoader(
-            _Pieces(self.crops),
-            batch_sampler=_Keys(self.crops, requests),
-            num_workers=self.workers,
-            collate_fn=_as_it_is,
-            prefetch_factor=AHEAD,
-            worker_init_fn=_begin_worker,
-            # Else it would draw from the global generator.
-            generator=torch.Generator(),
-        )
-        self._pieces = iter(loader)
+        with warnings.catch_warnings():
+            # torch warns where workers are more than cores; whoever asks for them may know why.
+            warnings.filterwarnings("ignore", "This DataLoader will create")
+            loader = DataLoader(
+                _Pieces(self.crops),
+                batch_sampler=_Keys(self.crops, requests),
+                num_workers=self.workers,
+                collate_fn=_as_it_is,
+                prefetch_factor=AHEAD,
+                worker_init_fn=_begin_worker,
+                # Else it would draw from the global generator.
+                generator=torch.Generator(),
+            )
+            self._pieces = iter(loader)
         self._left = None
 
     def batch(self, epoch: int, positions: range) -> Float[Tensor, "B 3 S S"]:
