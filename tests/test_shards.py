@@ -315,6 +315,7 @@ def test_a_tar_with_other_files_of_the_same_size_is_found_by_verify(shards, tile
 # ---- the command ----
 
 
+@pytest.mark.slow
 def test_the_commands(tiles, steadyvq_command, tmp_path):
     (tmp_path / "photos").symlink_to(tiles)
     done = steadyvq_command("data", "shard", "photos", "out", "--samples", SAMPLES)

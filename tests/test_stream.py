@@ -376,7 +376,7 @@ def test_workers_leave_a_core_to_training():
 
 def recipe(data: Path, **changes: object) -> dict[str, object]:
     """Twelve steps over photographs on disk; an epoch is a pass."""
-    plain = tiny_recipe(data, batch_size=9, **changes)
+    plain = tiny_recipe(data, **{"batch_size": 9, **changes})
     plain["data"] = {**plain["data"], "epoch_samples": None, "streaming": True, "workers": 1}
     return plain
 

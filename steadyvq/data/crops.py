@@ -76,6 +76,9 @@ class CropRule:
             region = self._region(image, *draws[2 + 3 * attempt : 5 + 3 * attempt])
             if not self.skip_flat or not is_flat(region):
                 break
+        if region.stride(2) != 1:
+            # The channels lie side by side; rounding must not depend on it.
+            region = region.contiguous()
         crop = resize(region, self.size, self.size)
         return crop.flip(2) if self.flip and draws[1] < 0.5 else crop
 

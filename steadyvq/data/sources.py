@@ -142,14 +142,18 @@ class ImageSource:
         """The relative name of a photograph of this source."""
         return self.store.names[int(self.rows[number])]
 
-    def decode(self, number: int) -> UInt8[Tensor, "3 H W"]:
+    def decode(self, number: int, planes: bool = True) -> UInt8[Tensor, "3 H W"]:
         """Read and decode a photograph.
+
+        Args:
+            number: Which one.
+            planes: As in ``decode_image``.
 
         Raises:
             ValueError: It cannot be read or decoded; the message is the reason alone.
         """
         content = self.store.read(int(self.rows[number]))
-        return decode_image(BytesIO(content), self.min_side, self.max_side)
+        return decode_image(BytesIO(content), self.min_side, self.max_side, planes)
 
     def images(self, numbers: Sequence[int], skipped: list[tuple[str, str]]) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, pixels) of the photographs that can be read, one at a time.

@@ -6,8 +6,9 @@ do not depend on the number of processes or workers, and a run goes on in the mi
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
@@ -117,11 +118,10 @@ class StreamedCrops:
         Raises:
             ValueError: None of them can be read.
         """
-        others = uniforms(SUBSTITUTES, self.seed, number, 0, _SUBSTITUTE) * len(self.source)
         reasons: dict[str, str] = {}
-        for candidate in (number, *others.astype(np.int64).tolist()):
+        for candidate in chain([number], self._substitutes(number)):
             try:
-                image = self.source.decode(candidate)
+                image = self.source.decode(candidate, planes=False)
             except ValueError as error:
                 reasons[self.source.name(candidate)] = str(error)
                 continue
@@ -132,6 +132,10 @@ class StreamedCrops:
             f"{name!r} of {self.source.data!r} cannot be read ({reason}), and neither can {SUBSTITUTES} others in its "
             "place: check the files, or the shards with `steadyvq data verify`"
         )
+
+    def _substitutes(self, number: int) -> Iterator[int]:
+        draws = uniforms(SUBSTITUTES, self.seed, number, 0, _SUBSTITUTE)
+        yield from (draws * len(self.source)).astype(np.int64).tolist()
 
     def piece(self, keys: Sequence[tuple[int, int, int]]) -> Piece:
         """The crops of these keys, which are consecutive ones of an epoch."""
