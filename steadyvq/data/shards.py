@@ -89,6 +89,8 @@ def read_index(folder: Path) -> list[Shard]:
         ValueError: There is no index, or it is none of ours.
     """
     path = folder / INDEX
+    if not is_shard_set(folder):
+        raise ValueError(f"{str(folder)!r} holds no shards: give a folder written by `steadyvq data shard`")
     if not path.is_file():
         raise ValueError(
             f"the shards in {str(folder)!r} are not complete (no {INDEX}): run the same `steadyvq data shard` again, "
