@@ -9,6 +9,7 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -25,3 +26,15 @@ def in_fresh_process(script: str, *arguments: object) -> dict[str, Any] | None:
         print(done.stderr, end="", file=sys.stderr)
         return None
     return json.loads(done.stdout)
+
+
+def extra_bytes(script: str, form: str, *sizes: int) -> int:
+    """Peak memory of `once(form, *sizes)` of a script in a fresh process, less that of `once("none", *sizes)`."""
+    folder, module = str(Path(script).parent), Path(script).stem
+    peaks = []
+    for what in ("none", form):
+        arguments = ", ".join(map(repr, (what, *sizes)))
+        code = f"import sys; sys.path.insert(0, {folder!r})\nimport {module}, fresh\n{module}.once({arguments})\n"
+        command = [sys.executable, "-c", code + "print(fresh.peak_bytes())"]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]))
+    return peaks[1] - peaks[0]

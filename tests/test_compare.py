@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ TINY = {
     "log_every": 2,
     "probe_images": 4,
 }
+EVIDENCE = Path(__file__).parent.parent / "docs" / "evidence"
 SETS = [f"{key}={value}" for key, value in TINY.items()]
 
 OWN = """
@@ -311,3 +313,23 @@ def test_an_interrupted_comparison_goes_on_and_failures_are_rows(photos, tmp_pat
     assert again.wait(60) == 2
     assert "trained with other settings" in again.communicate()[1]
     assert stamps(tmp_path) == before
+
+
+def test_the_comparison_is_of_the_methods_and_settings_of_today(tmp_path):
+    """Every registered method is in it, six runs each, of configurations that the recipe still gives, from commits."""
+    record = json.loads((EVIDENCE / "compare.json").read_text())
+    assert shlex.split(record["command"])[:2] == ["steadyvq", "compare"]
+    rows = {row["method"]: row for row in record["methods"]}
+    plan = Comparison(Settings(tmp_path / "out", seeds=len(next(iter(rows.values()))["runs"])))
+    plan.findings = [replace(f, rate=rows[f.label]["rate"]) for f in plan.findings]
+    expected = {(arm.config.title, arm.config.seed): arm.config.hash() for arm in plan.final_arms()}
+    found = {(name, run["seed"]): run["config_hash"] for name, row in rows.items() for run in row["runs"]}
+    assert found == expected
+    assert [f.label for f in plan.findings] == sorted(rows)
+    assert len(expected) == 6 * len(rows)
+    for row in rows.values():
+        for run in row["runs"]:
+            assert re.fullmatch(r"[0-9a-f]{40}", run["commit"]), "evidence comes from a commit, not from a changed tree"
+        assert row["psnr"] == pytest.approx(mean(run["psnr"] for run in row["runs"]))
+        values = {trial["rate"]: trial["psnr"] for trial in row["search"] if trial["psnr"] is not None}
+        assert row["rate"] == max(values, key=values.__getitem__)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steadyvq import kernels
-from steadyvq.kernels import reference, streaming
+from steadyvq.kernels import reference, rounding, statistics, streaming
 
 BLOCKS = [(None, None), (1, 1), (7, 13), (64, 96), (31, 1024), (1000, 4096), (1, 64), (128, 1)]
 
@@ -238,7 +238,7 @@ def test_search_error_stays_within_its_slack(case: str, precision: str, rounded:
     z, table = CASES[case]()
     with matmul_precision(precision):
         latents, codes, norms, slack = streaming._prepare(z, table, 1)
-    exponent = streaming._exponent(z, table)
+    exponent = rounding.exponent_of(z, table)
     scaled = [tensor.double() * 2.0**exponent for tensor in (z, table)]
     centre = (table * 2.0**exponent).mean(0).double()
     exact_z, exact_e = (tensor - centre for tensor in scaled)
@@ -324,7 +324,7 @@ def test_streaming_statistics_equal_the_reference_in_float64_at_every_block_size
     options = {"losers": losers, "squared": squared, "want_row_sum": True}
     expected = reference.soft_statistics(z, table, indices, 0.3, row, factor, **options)
     for rows in (1, 7, 59, 60, 1000):
-        got = streaming.soft_statistics(z, table, indices, 0.3, row, factor, block_rows=rows, **options)
+        got = statistics.soft_statistics(z, table, indices, 0.3, row, factor, block_rows=rows, **options)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `steadyvq demo | compare | train | eval | encode | decode | data | report | list`.
+"""The command line: `steadyvq demo | compare | train | eval | encode | decode | data | report | list | kernels`.
 
     steadyvq demo                                   watch a codebook die and ours live, on real photographs
     steadyvq compare --data DIR                     which method suits your images
@@ -56,6 +56,7 @@ def build_parser() -> Parser:
     _add_use(commands)
     _add_data(commands)
     _add_report_and_list(commands)
+    _add_kernels(commands)
     return parser
 
 
@@ -143,6 +144,18 @@ def _add_report_and_list(commands: "argparse._SubParsersAction[Parser]") -> None
     listing.add_argument("what", nargs="?", default="quantizers", choices=("quantizers", "recipes"))
 
 
+def _add_kernels(commands: "argparse._SubParsersAction[Parser]") -> None:
+    kernels = commands.add_parser("kernels", help="which kernels are used on this machine, and why", allow_abbrev=False)
+    what = kernels.add_subparsers(dest="what", metavar="WHAT", required=True, parser_class=Parser)
+    explain = what.add_parser("explain", help="the kernels for one size of problem", allow_abbrev=False)
+    explain.add_argument("num_latents", metavar="N", type=int, help="latents of a forward: batch times token grid")
+    explain.add_argument("num_codes", metavar="K", type=int, help="codes")
+    explain.add_argument("dim", metavar="d", type=int, help="dimensions")
+    explain.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
+    explain.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
+    explain.add_argument("--measure", action="store_true", help="also time the search on this CPU")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 2 bad input, 3 failed, 130 interrupted."""
     arguments = build_parser().parse_args(argv)
@@ -214,6 +227,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from steadyvq.cli.show import listing
 
         return listing(arguments)
+    if arguments.command == "kernels":
+        from steadyvq.cli.kernels import explain
+
+        return explain(arguments)
     from steadyvq.cli import use
 
     return {"eval": use.evaluate_run, "encode": use.encode, "decode": use.decode}[arguments.command](arguments)

@@ -5,8 +5,9 @@
 matmul precision. `soft_statistics` reduces the weights softmax(-D / tau) over rows and columns, and `non_stationary`
 makes the loss of that name, with its gradient in closed form, out of those reductions. `soft` (one-hot estimators,
 entropies, Gumbel draws), `pulls` (dense pulls on the codebook), `sinkhorn` (balanced assignment), `contrast` (near and far
-latents of every code) and `hashing` (noise by position) hold what single methods need, in blocks as well. Two backends
-share one contract: `reference` (dense float64 definitions, for tests) and `streaming` (blocks, any device).
+latents of every code) and `hashing` (noise by position) hold what single methods need, in blocks as well. Backends
+share one contract: `reference` (dense float64 definitions, for tests), `streaming` (tiles of torch products, any device) and
+`native` (a C kernel, CPUs). `choice` says which one is used when.
 
 Shapes: N latents, K codes, d dimensions.
 """
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from steadyvq.kernels import reference, streaming
+from steadyvq.kernels import choice, native, reference, statistics, streaming
+from steadyvq.kernels.rounding import working_dtype
 
 __all__ = [
     "NonStationary",
@@ -33,7 +35,18 @@ __all__ = [
     "use_backend",
 ]
 
-_BACKENDS = {"auto": streaming, "streaming": streaming, "reference": reference}
+
+class _Backend(NamedTuple):
+    nearest: Callable[..., tuple[Tensor, Tensor]]
+    soft_statistics: Callable[..., tuple[Tensor, ...]]
+
+
+_BACKENDS = {
+    "auto": _Backend(choice.nearest, statistics.soft_statistics),
+    "native": _Backend(native.nearest, statistics.soft_statistics),
+    "streaming": _Backend(streaming.nearest, statistics.soft_statistics),
+    "reference": _Backend(reference.nearest, reference.soft_statistics),
+}
 _backend = "auto"
 
 
@@ -84,7 +97,7 @@ class NonStationary(NamedTuple):
 
 
 @contextlib.contextmanager
-def use_backend(name: Literal["auto", "streaming", "reference"]) -> Iterator[None]:
+def use_backend(name: Literal["auto", "native", "streaming", "reference"]) -> Iterator[None]:
     """Compute with one backend inside the `with` block, in every thread of the process."""
     global _backend
     if name not in _BACKENDS:
@@ -101,12 +114,12 @@ def use_backend(name: Literal["auto", "streaming", "reference"]) -> Iterator[Non
 def _nearest(z: Tensor, table: Tensor, dot: bool = False) -> tuple[Tensor, Tensor]:
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
         indices, score = _BACKENDS[_backend].nearest(z, table, dot=dot)
-    return indices, score.to(streaming.working_dtype(z, table))
+    return indices, score.to(working_dtype(z, table))
 
 
 @_nearest.register_fake
 def _(z: Tensor, table: Tensor, dot: bool = False) -> tuple[Tensor, Tensor]:
-    dtype = streaming.working_dtype(z, table)
+    dtype = working_dtype(z, table)
     return z.new_empty(z.shape[0], dtype=torch.int64), z.new_empty(z.shape[0], dtype=dtype)
 
 
@@ -360,7 +373,7 @@ def _check_shapes(z: Tensor, table: Tensor) -> None:
 
 def _centred(z: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Latents and codes less the code mean, and the mean, in the working dtype: differences keep their digits."""
-    dtype = streaming.working_dtype(z, table)
+    dtype = working_dtype(z, table)
     centre = table.detach().to(dtype).mean(0)
     return z.detach().to(dtype) - centre, table.detach().to(dtype) - centre, centre
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from steadyvq.kernels import attach_gradient
+from steadyvq.kernels.rounding import working_dtype
 from steadyvq.kernels.soft import Score, rows_per_block
-from steadyvq.kernels.streaming import working_dtype
 
 
 @torch.library.custom_op("steadyvq::contrast", mutates_args=())

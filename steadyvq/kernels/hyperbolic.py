@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn.functional import softplus
 
+from steadyvq.kernels.rounding import working_dtype
 from steadyvq.kernels.soft import rows_per_block
-from steadyvq.kernels.streaming import working_dtype
 
 # From here on the form of asinh with logarithms is as exact as torch's, which would overflow later.
 _LARGE = 10.0

@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from steadyvq.kernels.rounding import working_dtype
 from steadyvq.kernels.soft import rows_per_block
-from steadyvq.kernels.streaming import working_dtype
 
 # Weights exp(-rank / tau) below e^-30 are zero: what float32 loses anyway.
 _RANKS = 30.0

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from steadyvq.kernels import hashing
-from steadyvq.kernels.streaming import working_dtype
+from steadyvq.kernels.rounding import working_dtype
 
 Score = Literal["l2", "dot"]
 
