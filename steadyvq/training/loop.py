@@ -152,6 +152,7 @@ class Engine:
             Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
             Diverged: Ten steps in a row were not finite.
             OSError: Something could not be written, as on a full disk; the last checkpoint is kept.
+            ValueError: Photographs cannot be read any more, or a stage trains nothing.
             FailedElsewhere: The same, in the first of several processes.
         """
         started = time.monotonic() - self.seconds
@@ -174,7 +175,7 @@ class Engine:
                         # Before an evaluation, which may take longer than a cluster grants; a resume begins with it.
                         self._interrupt(asked)
                     self._end_epoch_if_due(progress)
-        except (Diverged, OSError, FailedElsewhere):
+        except (Diverged, OSError, ValueError, FailedElsewhere):
             self._mark_failed()
             raise
         self.processes.first(lambda: self.run.write_info(status="done", seconds=round(self.seconds, 2)))
