@@ -245,6 +245,7 @@ def test_a_torn_tar(shards, tiles):
         open_source(shards)
     (problem,) = verify_shards(shards)
     assert "shard-00002.tar" in problem
+    assert ShardWriter(tiles, shards, SAMPLES).done == COUNT - SAMPLES
     tar.unlink()
     with pytest.raises(ValueError, match=r"shard-00002.tar is missing: run the same"):
         open_source(shards)

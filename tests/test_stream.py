@@ -252,6 +252,7 @@ def test_a_batch_that_nobody_announced_is_the_same(shards):
     wanted = requests(0, 3, 10, COUNT)
     with feed.running(wanted):
         assert torch.equal(feed.batch(5, range(3, 8)), crops.batch(5, 3, 5))
+        assert feed.unannounced == 1
         for request in wanted:
             assert torch.equal(feed.batch(*request), crops.batch(0, request.positions.start, 10))
     assert torch.equal(feed.batch(*wanted[0]), crops.batch(0, 0, 10))
@@ -376,7 +377,7 @@ def test_workers_leave_a_core_to_training():
 
 def recipe(data: Path, **changes: object) -> dict[str, object]:
     """Twelve steps over photographs on disk; an epoch is a pass."""
-    plain = tiny_recipe(data, **{"batch_size": 9, **changes})
+    plain = tiny_recipe(data, **{"batch_size": 9, "log_every": 100, **changes})
     plain["data"] = {**plain["data"], "epoch_samples": None, "streaming": True, "workers": 1}
     return plain
 
@@ -411,9 +412,14 @@ def test_a_run_stopped_within_an_epoch_and_resumed_with_other_workers(damaged, t
     total = len(open_source(data).split("train"))
     assert whole.config.data.epoch_samples == total
     assert whole.config.steps_per_epoch == total // 9 >= 5
-    middle = whole.config.steps_per_epoch + 3
-    fit(data, tmp_path / "run", ["data.workers=1"], stop=middle)
-    resumed = fit(data, tmp_path / "run", ["data.workers=0"], resume=True)
+    middle = 2 * whole.config.steps_per_epoch - 1
+    # No row of the log between the end of the first epoch and the stop: only the checkpoint tells what was met there.
+    first = fit(data, tmp_path / "run", ["data.workers=0"], stop=middle)
+    resumed = fit(data, tmp_path / "run", ["data.workers=1"], resume=True)
+    rows = [row for row in log(tmp_path / "run") if row["kind"] == "data"]
+    met = {row["step"]: row["replaced"] for row in rows}
+    assert first.feed.total.replaced == met[middle] > met[whole.config.steps_per_epoch]
+    assert resumed.feed.unannounced == whole.feed.unannounced == 0
     assert_same(state(tmp_path / "whole"), state(tmp_path / "run"))
     kept = [[row for row in log(path) if row["kind"] != "data"] for path in (tmp_path / "whole", tmp_path / "run")]
     assert kept[0] == kept[1]

@@ -62,6 +62,7 @@ class CropFeed:
     Attributes:
         numbers: Which photographs the last batch is of.
         labels: Their classes.
+        unannounced: Batches that were asked for out of turn while workers ran, and so prepared on the spot.
         total: What could not be read so far, in all processes that report (see ``learn``).
     """
 
@@ -70,6 +71,7 @@ class CropFeed:
             raise ValueError(f"workers is {workers}, but a number of processes is at least 0")
         self.crops, self.workers = crops, workers
         self.labels: Int[Tensor, B] = torch.empty(0, dtype=torch.int64)
+        self.unannounced = 0
         self.total = Faults()
         self._pieces: Iterator[Piece | str] | None = None
         self._ready: Piece | None = None
@@ -128,6 +130,7 @@ class CropFeed:
         if ready is not None and (ready.epoch, ready.positions) == wanted:
             self._ready = None
             return ready
+        self.unannounced += self._pieces is not None
         return self.crops.piece(self.crops.keys(epoch, positions))
 
     def _next(self, pieces: Iterator[Piece | str]) -> Piece | None:
