@@ -15,6 +15,7 @@ from PIL import Image
 
 import steadyvq
 import steadyvq.data
+from steadyvq.data import ShardWriter
 from steadyvq.experiments.arms import Arm, ArmFailed, train_arms
 from steadyvq.training.config import resolve
 
@@ -203,6 +204,11 @@ def bad_inputs(folder: Path, photos: Path, run: Path) -> dict[str, tuple[list[ob
     (folder / "typo.yaml").write_text("epocs: 3\n")
     (folder / "my_file.py").write_text(HALF_VQ)
     write_bad_tokens(folder)
+    ShardWriter(photos, folder / "torn", 4).write()
+    tar = folder / "torn" / "shard-00001.tar"
+    tar.write_bytes(tar.read_bytes()[:-1000])
+    (folder / "begun").mkdir()
+    shutil.copyfile(folder / "torn" / "plan.json", folder / "begun" / "plan.json")
     shutil.copytree(run, folder / "other")
     config = yaml.safe_load((folder / "other" / "config.yaml").read_text())
     config["optim"]["lr"] = 0.5
@@ -272,6 +278,21 @@ def bad_inputs(folder: Path, photos: Path, run: Path) -> dict[str, tuple[list[ob
         "eval with an empty quantizer": (["eval", run, "--quantizer", ""], "--quantizer is empty"),
         "eval into a folder": (["eval", run, "--out", "empty"], "is a folder"),
         "eval below a file": (["eval", run, "--out", "r.yaml/x.json"], "lies below"),
+        "train on a torn shard": ([*train, "--data", "torn"], "cut short, or the index of another tar"),
+        "train on unfinished shards": ([*train, "--data", "begun"], "run the same `steadyvq data shard` again"),
+        "stream an empty folder": ([*train, "--data", "empty", "--set", "data.streaming=true"], "put .png"),
+        "stream only corrupt files": ([*train, "--data", "corrupt", "--set", "data.streaming=true"], "could be read"),
+        "fewer than no workers": ([*train, "--set", "data.workers=-1"], "data.workers is -1"),
+        "shard nothing": (["data", "shard", "empty", "shards"], "put .png"),
+        "shard into something else": (["data", "shard", photos, "corrupt"], "not empty"),
+        "shard into a file": (["data", "shard", photos, "r.yaml"], "is a file"),
+        "shard with other settings": (
+            ["data", "shard", photos, "begun", "--samples", "7"],
+            "begun with something else",
+        ),
+        "verify what is torn": (["data", "verify", "torn"], "shard-00001.tar"),
+        "verify what is no shard set": (["data", "verify", "empty"], "holds no shards"),
+        "unknown action": (["data", "shrd"], "did you mean shard"),
         "report into a folder": (["report", run, "--out", "empty"], "is a folder"),
         "report of nothing": (["report", "empty"], "log.jsonl"),
     }

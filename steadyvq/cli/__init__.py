@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `steadyvq demo | compare | train | eval | encode | decode | import | export | report | list | kernels`.
+"""The command line: `steadyvq COMMAND`.
 
     steadyvq demo                                   watch a codebook die and ours live, on real photographs
     steadyvq compare --data DIR                     which method suits your images
@@ -56,6 +56,7 @@ def build_parser() -> Parser:
     _add_train(commands)
     _add_use(commands)
     _add_exchange(commands)
+    _add_data(commands)
     _add_report_and_list(commands)
     _add_kernels(commands)
     return parser
@@ -135,6 +136,22 @@ def _add_exchange(commands: "argparse._SubParsersAction[Parser]") -> None:
     outward.add_argument("out", type=Path, help="the file (for diffusers the folder)")
     outward.add_argument("--format", required=True, help="taming, llamagen or diffusers")
     outward.add_argument("--quantizer", metavar="FILE.py:FUNCTION", help="where your own quantizer lies, if moved")
+
+
+def _add_data(commands: "argparse._SubParsersAction[Parser]") -> None:
+    data = commands.add_parser("data", help="write and check data sets too large for memory", allow_abbrev=False)
+    actions = data.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
+    shard = actions.add_parser(
+        "shard", help="write images into indexed tar files; run again, it goes on", allow_abbrev=False
+    )
+    shard.add_argument("source", help="a folder of images, with or without class folders")
+    shard.add_argument("out", type=Path, help="the folder of the shards")
+    shard.add_argument("--samples", type=int, default=4000, help="images in one shard (default: 4000)")
+    shard.add_argument("--check", action="store_true", help="decode every image and leave out the unreadable ones")
+    shard.add_argument("--threads", type=int, default=8, help="files read at the same time (default: 8)")
+    verify = actions.add_parser("verify", help="read every byte of a shard set again", allow_abbrev=False)
+    verify.add_argument("shards", type=Path, help="the folder of the shards")
+    verify.add_argument("--decode", action="store_true", help="decode every image too")
 
 
 def _add_report_and_list(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -218,6 +235,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from steadyvq.cli.train import train
 
         return train(arguments)
+    if arguments.command == "data":
+        from steadyvq.cli.data import data
+
+        return data(arguments)
     if arguments.command == "report":
         from steadyvq.cli.show import report
 

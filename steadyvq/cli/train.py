@@ -5,6 +5,8 @@ import argparse
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from steadyvq.cli import FAILED, INTERRUPTED
@@ -17,7 +19,7 @@ from steadyvq.training.loop import MAY_CHANGE, Diverged, Engine, Interrupted
 from steadyvq.training.processes import Processes
 from steadyvq.training.run import RunFolder, check_free, differences
 from steadyvq.training.strict import merge
-from steadyvq.training.tokenizer_task import TokenizerTask
+from steadyvq.training.tokenizer_task import TokenizerTask, load_photographs, with_counted_epoch
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -33,7 +35,9 @@ def train(arguments: argparse.Namespace) -> int:
     path = arguments.out or Path("runs") / Path(arguments.recipe).stem
     processes = Processes(config.precision)
     processes.first(lambda: check_free(path))
-    task = TokenizerTask(config)
+    photographs = load_photographs(config)
+    config = with_counted_epoch(config, photographs)
+    task = TokenizerTask(config, photographs)
     if processes.is_first:
         _tell_about_data(task)
     return _fit(task, RunFolder(path, config), processes, resume=False)
@@ -63,6 +67,9 @@ def _resume(arguments: argparse.Namespace) -> int:
         )
     if arguments.recipe or arguments.set or arguments.data or arguments.quantizer:
         asked = _config(arguments) if arguments.recipe else _changed(run.config, arguments)
+        if asked.data.epoch_samples is None:
+            # Counted when the run began.
+            asked = replace(asked, data=replace(asked.data, epoch_samples=run.config.data.epoch_samples))
         changed = [n for n in differences(asked.to_dict(), run.config.to_dict()) if n not in MAY_CHANGE]
         if changed:
             raise ValueError(
@@ -88,10 +95,30 @@ def _tell_about_data(task: TokenizerTask) -> None:
     photographs = task.photographs
     held_out = photographs.split(task.config.data.eval_split)
     say(f"{len(photographs)} photographs from {photographs.data}, {len(held_out)} held out")
-    if photographs.skipped:
-        say(f"{len(photographs.skipped)} files skipped:")
-        for path, reason in photographs.skipped[:10]:
-            say(f"  {path}: {reason}")
+    if task.val_crops.skipped:
+        say(f"{len(task.val_crops.skipped)} files skipped:")
+        _list(task.val_crops.skipped)
+
+
+def _list(files: Sequence[tuple[str, str]], shown: int = 10) -> None:
+    for path, reason in files[:shown]:
+        say(f"  {path}: {reason}")
+    if len(files) > shown:
+        say(f"  and {len(files) - shown} more")
+
+
+def _tell_about_feed(task: TokenizerTask, run: RunFolder) -> None:
+    """What could not be read of streamed photographs."""
+    if task.feed is None:
+        return
+    found = task.feed.total
+    run.write_info(replaced=found.replaced, unreadable=len(found.reasons))
+    if found.reasons and not run.read_only:
+        say(
+            f"{len(found.reasons)} photographs could not be read; others stood in for them in {found.replaced} samples "
+            f"(all of them in {run.log_path}):"
+        )
+        _list(sorted(found.reasons.items()))
 
 
 def _fit(task: TokenizerTask, run: RunFolder, processes: Processes, *, resume: bool) -> int:
@@ -107,7 +134,10 @@ def _fit(task: TokenizerTask, run: RunFolder, processes: Processes, *, resume: b
     )
     code = 0
     try:
-        engine.fit()
+        try:
+            engine.fit()
+        finally:
+            _tell_about_feed(task, run)
     except Diverged as error:
         tell(f"steadyvq train: {error}")
         code = FAILED

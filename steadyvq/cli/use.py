@@ -2,6 +2,7 @@
 """`steadyvq eval`, `encode` and `decode`: a trained tokenizer at work."""
 
 import argparse
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from numpy.lib.npyio import NpzFile
 from PIL import Image
 
 from steadyvq.cli.common import check_output, open_tokenizer, say, table
-from steadyvq.data import EvaluationCrops, decode_image, load_collection, to_float
+from steadyvq.data import EvaluationCrops, ImageSource, decode_image, open_photographs, open_source, to_float
 from steadyvq.data.collection import image_files, read_images
 from steadyvq.data.decode import centre_square
+from steadyvq.data.shards import is_shard_set
 from steadyvq.files import write_atomically
 from steadyvq.metrics import read_record, to_uint8, write_record
 from steadyvq.models import Tokenizer
@@ -42,7 +44,10 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     check_output(out)
     max_side = config.data.max_side if config else None
     share = config.data.test_fraction if config else 0.0
-    photographs = load_collection(source, min_side=crop, max_side=max_side, test_fraction=share).split(arguments.split)
+    streaming = bool(config and config.data.streaming)
+    photographs = open_photographs(source, streaming, crop, max_side, share).split(arguments.split)
+    if isinstance(photographs, ImageSource):
+        photographs = photographs.load(count)
     crops = EvaluationCrops(photographs, crop, count)
     result = evaluate(tokenizer, crops, BATCH)
     record = record_of(result, crops, config.hash() if config else "", step)
@@ -103,13 +108,13 @@ def _encode_files(
 
     No more than a batch of photographs is in memory.
     """
-    files = image_files(data)
+    files, read = _readable(data)
     tokens, names, skipped = [], [], list[tuple[str, str]]()
     with ProgressReport("encode", len(files)) as progress:
 
         def square(path: Path) -> torch.Tensor:
             try:
-                return centre_square(decode_image(path), size)
+                return centre_square(read(path), size)
             finally:
                 progress.advance()
 
@@ -118,6 +123,15 @@ def _encode_files(
             names += [name for name, _ in batch]
             tokens.append(tokenizer.encode(to_float(torch.stack([image for _, image in batch]))))
     return torch.cat(tokens).numpy(), names, skipped
+
+
+def _readable(data: str) -> tuple[list[tuple[str, Path]], Callable[[Path], torch.Tensor]]:
+    """The (name, path) of every image, and what decodes one; a path into shards is that of the name in their folder."""
+    if not is_shard_set(data):
+        return image_files(data), decode_image
+    source = open_source(data)
+    numbers = {Path(data, source.name(number)): number for number in range(len(source))}
+    return [(source.name(n), path) for path, n in numbers.items()], lambda path: source.decode(numbers[path])
 
 
 def decode(arguments: argparse.Namespace) -> int:

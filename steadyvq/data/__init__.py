@@ -1,22 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Photographs: folders and the built-in set, reproducible training crops, fixed evaluation crops."""
+"""Photographs: folders, shards and the built-in set, reproducible training crops, fixed evaluation crops."""
 
 from steadyvq.data.collection import Collection, load_collection
-from steadyvq.data.crops import CropDataset
+from steadyvq.data.crops import CropDataset, CropRule
 from steadyvq.data.decode import decode_image, load_image, to_float
 from steadyvq.data.evaluation import CropSource, EvaluationCrops
+from steadyvq.data.feed import CropFeed, Request, usable_workers
 from steadyvq.data.mvtb import BUILT_IN, Scene, mvtb_scenes
+from steadyvq.data.sharding import ShardWriter, verify_shards
+from steadyvq.data.sources import ImageSource, open_photographs, open_source
+from steadyvq.data.stream import StreamedCrops
 
 __all__ = [
     "BUILT_IN",
     "Collection",
     "CropDataset",
+    "CropFeed",
+    "CropRule",
     "CropSource",
     "EvaluationCrops",
+    "ImageSource",
+    "Request",
     "Scene",
+    "ShardWriter",
+    "StreamedCrops",
     "decode_image",
     "load_collection",
     "load_image",
     "mvtb_scenes",
+    "open_photographs",
+    "open_source",
     "to_float",
+    "usable_workers",
+    "verify_shards",
 ]

@@ -17,7 +17,8 @@ from steadyvq.data.mvtb import mvtb_files
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 """File name endings, in any letter case, that make a file a candidate."""
 
-_SINGLE = "val (= train: there is only one photograph)"
+SINGLE = "val (= train: there is only one photograph)"
+"""What a record calls the held-out split of a source with a single photograph."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ class Collection:
         if name == "all":
             return self
         if name == "val" and len(self) == 1 and self.splits == ("train",):
-            return replace(self, split_label=_SINGLE)
+            return replace(self, split_label=SINGLE)
         chosen = [i for i, split in enumerate(self.splits) if split == name]
         if not chosen:
-            raise ValueError(self._no_split(name))
+            raise no_split(self.data, self.splits, name)
         return replace(
             self,
             names=tuple(self.names[i] for i in chosen),
@@ -68,11 +69,13 @@ class Collection:
             split_label=name,
         )
 
-    def _no_split(self, name: str) -> str:
-        known = [*sorted(set(self.splits)), "all"]
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        return f"{self.data!r} has no split {name!r}{hint}: use one of {', '.join(known)}"
+
+def no_split(data: str, splits: Iterable[str], name: str) -> ValueError:
+    """The error for a split that a source does not have."""
+    known = [*sorted(set(splits)), "all"]
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return ValueError(f"{data!r} has no split {name!r}{hint}: use one of {', '.join(known)}")
 
 
 def load_collection(
@@ -124,10 +127,8 @@ def image_files(data: str | Path) -> list[tuple[str, Path]]:
     """
     if str(data) == "mvtb":
         return [(name, path) for name, path, _ in mvtb_files()]
-    paths = _image_paths(_existing_folder(data))
-    if not paths:
-        raise ValueError(f"the folder {str(data)!r} has no images: put .png, .jpg or .webp files in it")
-    return paths
+    folder = existing_folder(data)
+    return [(name, folder / name) for name in image_names(folder)]
 
 
 def read_images(
@@ -160,7 +161,8 @@ def read_images(
         )
 
 
-def _existing_folder(data: str | Path) -> Path:
+def existing_folder(data: str | Path) -> Path:
+    """The folder that a source names; ValueError if there is none."""
     folder = Path(data)
     # Path("") is the current folder, which an empty setting does not mean.
     if str(data) and folder.is_dir():
@@ -173,9 +175,13 @@ def _existing_folder(data: str | Path) -> Path:
     )
 
 
-def _image_paths(folder: Path) -> list[tuple[str, Path]]:
-    """Return (relative name, path) of every candidate below the folder, sorted by name (see ``image_files``)."""
-    found = []
+def image_names(folder: Path) -> list[str]:
+    """List the image files below a folder by their relative names, sorted (see ``image_files``).
+
+    Raises:
+        ValueError: There are none.
+    """
+    found: list[str] = []
     visited: set[str] = set()
     # Data sets are often assembled from links to other disks; the set of visited folders stops a link to a parent.
     for root, below, files in os.walk(folder, followlinks=True):
@@ -185,8 +191,13 @@ def _image_paths(folder: Path) -> list[tuple[str, Path]]:
             continue
         visited.add(real)
         below[:] = [name for name in below if not name.startswith(".")]
-        found += [Path(root, file) for file in files if file.lower().endswith(SUFFIXES)]
-    return sorted((path.relative_to(folder).as_posix(), path) for path in found)
+        # Strings: a path object for each of a million files would take most of a gigabyte.
+        above = Path(root).relative_to(folder).as_posix()
+        prefix = "" if above == "." else f"{above}/"
+        found += [prefix + file for file in files if file.lower().endswith(SUFFIXES)]
+    if not found:
+        raise ValueError(f"the folder {str(folder)!r} has no images: put .png, .jpg or .webp files in it")
+    return sorted(found)
 
 
 def _read(

@@ -5,6 +5,8 @@ Nothing is drawn from a running stream, so a crop is the same in any process, wi
 a resume in the middle of an epoch.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
@@ -39,6 +41,57 @@ def uniforms(count: int, *key: int) -> NDArray[np.float64]:
     return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+@dataclass(frozen=True)
+class CropRule:
+    """How a photograph becomes a square crop, given the numbers that decide about it.
+
+    Attributes:
+        size: Side of a crop in pixels.
+        scales: Smallest and largest side of the region that becomes a crop, in crop sides, at least 1. The side is
+            log-uniform between them, limited by the photograph's shorter side.
+        flip: Mirror half of the crops left to right.
+        skip_flat: Redraw a nearly flat crop from the same photograph, up to 8 times, and keep the last.
+    """
+
+    size: int
+    scales: tuple[float, float] = (1.0, 2.0)
+    flip: bool = True
+    skip_flat: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1.0 <= self.scales[0] <= self.scales[1]:
+            raise ValueError(
+                f"scales is {self.scales}, but needs 1 <= smallest <= largest: pass for example (1.0, 2.0)"
+            )
+
+    @staticmethod
+    def draws(seed: int, epoch: int, index: int) -> list[float]:
+        """The numbers that decide about a crop: the photograph, the mirror, and three for each try at a region."""
+        numbers: list[float] = uniforms(2 + 3 * (1 + _RETRIES), seed, epoch, index).tolist()
+        return numbers
+
+    def cut(self, image: UInt8[Tensor, "3 H W"], draws: list[float]) -> UInt8[Tensor, "3 S S"]:
+        """Return the crop of a photograph whose shorter side is at least ``size``."""
+        for attempt in range(1 + _RETRIES):
+            region = self._region(image, *draws[2 + 3 * attempt : 5 + 3 * attempt])
+            if not self.skip_flat or not is_flat(region):
+                break
+        if region.stride(2) != 1:
+            # The channels lie side by side; rounding must not depend on it.
+            region = region.contiguous()
+        crop = resize(region, self.size, self.size)
+        return crop.flip(2) if self.flip and draws[1] < 0.5 else crop
+
+    def _region(self, image: Tensor, size: float, top: float, left: float) -> Tensor:
+        """Cut the region that three numbers in [0, 1) choose."""
+        height, width = image.shape[1:]
+        largest = min(height, width, self.size * self.scales[1])
+        smallest = min(largest, self.size * self.scales[0])
+        side = max(self.size, int(smallest * (largest / smallest) ** size))
+        y, x = int(top * (height - side + 1)), int(left * (width - side + 1))
+        return image[:, y : y + side, x : x + side]
+
+
 class CropDataset(Dataset[UInt8[Tensor, "3 S S"]]):
     """Square crops of a collection, every photograph with equal weight.
 
@@ -50,10 +103,9 @@ class CropDataset(Dataset[UInt8[Tensor, "3 S S"]]):
         crop_size: Side of a crop in pixels.
         length: Crops per epoch.
         seed: Any integer.
-        scales: Smallest and largest side of the region that becomes a crop, in crop sides, at least 1. The side is
-            log-uniform between them, limited by the photograph's shorter side.
-        flip: Mirror half of the crops left to right.
-        skip_flat: Redraw a nearly flat crop from the same photograph, up to 8 times, and keep the last.
+        scales: As in ``CropRule``, like the two that follow.
+        flip: Mirror half of the crops.
+        skip_flat: Redraw nearly flat crops.
     """
 
     def __init__(
@@ -69,15 +121,10 @@ class CropDataset(Dataset[UInt8[Tensor, "3 S S"]]):
         check_crop(collection, crop_size)
         if length < 1:
             raise ValueError(f"length is {length}, but an epoch needs at least 1 crop: pass length >= 1")
-        if not 1.0 <= scales[0] <= scales[1]:
-            raise ValueError(f"scales is {scales}, but needs 1 <= smallest <= largest: pass for example (1.0, 2.0)")
+        self.rule = CropRule(crop_size, scales, flip, skip_flat)
         self.collection = collection
-        self.crop_size = crop_size
         self.length = length
         self.seed = seed
-        self.scales = scales
-        self.flip = flip
-        self.skip_flat = skip_flat
 
     def __len__(self) -> int:
         return self.length
@@ -90,27 +137,12 @@ class CropDataset(Dataset[UInt8[Tensor, "3 S S"]]):
 
     def crop(self, epoch: int, index: int) -> UInt8[Tensor, "3 S S"]:
         """Return crop ``index`` of an epoch, values 0 to 255."""
-        draws = uniforms(2 + 3 * (1 + _RETRIES), self.seed, epoch, index).tolist()
-        image = self.collection.images[int(draws[0] * len(self.collection))]
-        for attempt in range(1 + _RETRIES):
-            region = self._region(image, *draws[2 + 3 * attempt : 5 + 3 * attempt])
-            if not self.skip_flat or not is_flat(region):
-                break
-        crop = resize(region, self.crop_size, self.crop_size)
-        return crop.flip(2) if self.flip and draws[1] < 0.5 else crop
+        draws = self.rule.draws(self.seed, epoch, index)
+        return self.rule.cut(self.collection.images[int(draws[0] * len(self.collection))], draws)
 
     def batch(self, epoch: int, start: int, size: int) -> Float[Tensor, "B 3 S S"]:
         """Return crops ``start`` to ``start + size - 1`` of an epoch as float32 in [-1, 1]."""
         return to_float(torch.stack([self.crop(epoch, index) for index in range(start, start + size)]))
-
-    def _region(self, image: Tensor, size: float, top: float, left: float) -> Tensor:
-        """Cut the region that three numbers in [0, 1) choose."""
-        height, width = image.shape[1:]
-        largest = min(height, width, self.crop_size * self.scales[1])
-        smallest = min(largest, self.crop_size * self.scales[0])
-        side = max(self.crop_size, int(smallest * (largest / smallest) ** size))
-        y, x = int(top * (height - side + 1)), int(left * (width - side + 1))
-        return image[:, y : y + side, x : x + side]
 
 
 def is_flat(image: UInt8[Tensor, "3 H W"]) -> bool:

@@ -2,6 +2,7 @@
 """From an image file to an 8-bit RGB tensor: decoding, orientation, transparency, size."""
 
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +35,21 @@ def resize(image: UInt8[Tensor, "3 H W"], height: int, width: int) -> UInt8[Tens
     return F.interpolate(image[None], size=(height, width), mode="bicubic", antialias=True)[0]
 
 
-def decode_image(path: str | Path, min_side: int = 1, max_side: int | None = None) -> UInt8[Tensor, "3 H W"]:
+def decode_image(
+    path: str | Path | BytesIO, min_side: int = 1, max_side: int | None = None, planes: bool = True
+) -> UInt8[Tensor, "3 H W"]:
     """Decode one PNG, JPEG or WebP file of any mode to upright 8-bit RGB.
 
     The EXIF orientation is applied, transparency is laid over white, 16-bit greys are scaled to 8 bits, and an
     animation gives its first frame.
 
     Args:
-        path: The file.
+        path: The file, or its bytes.
         min_side: Pictures whose shorter side is below this many pixels are enlarged to it.
         max_side: Pictures whose longer side is above this many pixels are shrunk to it, though never so far that the
             shorter side falls below ``min_side``. None keeps the size.
+        planes: Each channel lies in memory for itself. If not, a picture that keeps its size is a view in which the
+            channels of a pixel lie side by side, which saves a copy where only a part of it is wanted.
 
     Returns:
         The picture, values 0 to 255.
@@ -58,8 +63,11 @@ def decode_image(path: str | Path, min_side: int = 1, max_side: int | None = Non
     # one bad file must never end a run over thousands.
     except Exception as error:
         raise ValueError(_reason(error)) from error
-    image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-    return resize(image, *_target_size(image.shape[1], image.shape[2], min_side, max_side))
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    target = _target_size(image.shape[1], image.shape[2], min_side, max_side)
+    if not planes and target == image.shape[1:]:
+        return image
+    return resize(image.contiguous(), *target)
 
 
 def load_image(path: str | Path, size: int) -> UInt8[Tensor, "3 size size"]:
@@ -90,7 +98,7 @@ def centre_square(image: UInt8[Tensor, "3 H W"], size: int) -> UInt8[Tensor, "3 
     return resize(image[:, top : top + side, left : left + side].contiguous(), size, size)
 
 
-def _decode(path: str | Path) -> np.ndarray:
+def _decode(path: str | Path | BytesIO) -> np.ndarray:
     """Return the upright RGB pixels, (H, W, 3) uint8."""
     with warnings.catch_warnings():
         # Pillow warns at half of its limit; up to the limit the picture is wanted.
@@ -98,8 +106,8 @@ def _decode(path: str | Path) -> np.ndarray:
         with Image.open(path, formats=_FORMATS) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            upright = ImageOps.exif_transpose(opened)
-            return np.array(_as_rgb(upright))
+            ImageOps.exif_transpose(opened, in_place=True)
+            return np.array(_as_rgb(opened))
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -111,7 +119,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    # Pillow would copy what is RGB already.
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _target_size(height: int, width: int, min_side: int, max_side: int | None) -> tuple[int, int]:

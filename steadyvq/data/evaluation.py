@@ -43,6 +43,7 @@ class EvaluationCrops:
         images: The crops, uint8.
         sources: The photograph and box of each.
         overlapping: How many of them lie off the grid.
+        skipped: (name, reason) of the photographs that could not be read.
         record: What a report must state: ``data``, ``split``, ``crop``, ``count``, ``photographs``, ``scale``,
             ``seed``, ``overlapping`` and ``hash``, the SHA-256 of the pixels.
     """
@@ -53,7 +54,7 @@ class EvaluationCrops:
             raise ValueError(f"count is {count}, but an evaluation needs at least 1 crop: pass count >= 1")
         if scale < 1.0:
             raise ValueError(f"scale is {scale}, but photographs are only shrunk: pass scale >= 1")
-        self.crop_size = crop_size
+        self.crop_size, self.skipped = crop_size, collection.skipped
         shrunk = [_shrink(image, crop_size, scale) for image in collection.images]
         corners, self.overlapping = _choose(shrunk, crop_size, count, seed)
         crops: list[Tensor] = []

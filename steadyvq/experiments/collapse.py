@@ -21,13 +21,12 @@ import numpy as np
 import torch
 
 import steadyvq
-from steadyvq.data import EvaluationCrops
 from steadyvq.experiments.arms import Arm, arm_configs, is_done, train_arms
 from steadyvq.files import write_atomically, write_text
 from steadyvq.metrics import to_uint8
 from steadyvq.models import Tokenizer
 from steadyvq.training.run import RunFolder
-from steadyvq.training.tokenizer_task import load_photographs, quantizer_of
+from steadyvq.training.tokenizer_task import evaluation_crops, load_photographs, quantizer_of
 
 REPORTED = ("psnr", "ssim", "utilization", "of_ceiling", "perplexity", "relative_error")
 
@@ -45,9 +44,7 @@ def jobs(recipe: str, out: Path, seeds: list[int], arms: list[str] | None, sets:
 def export(run: RunFolder) -> Path:
     """Writes latents, tokens, codes, images and reconstructions of the run's held-out crops as plain arrays."""
     config = run.config
-    crops = EvaluationCrops(
-        load_photographs(config).split(config.data.eval_split), config.data.crop_size, config.data.eval_crops
-    )
+    crops = evaluation_crops(config, load_photographs(config))
     tokenizer = Tokenizer.from_pretrained(run.tokenizer, quantizer=quantizer_of(config)).eval()
     latents, tokens, images = [], [], []
     for batch in crops.batches(32):

@@ -29,28 +29,37 @@ class DataConfig:
     """Which photographs, and how they are cut.
 
     Attributes:
-        source: `mvtb` (the photographs of the package mvtb-data, split by scene) or a folder of images.
+        source: `mvtb` (the photographs of the package mvtb-data, split by scene), a folder of images, or a folder of
+            shards written by `steadyvq data shard`.
         crop_size: Side of the training crops in pixels.
         max_scale: Crops come from regions up to this many times larger, shrunk to `crop_size`.
         flip: Mirror half of the training crops.
-        epoch_samples: Crops in one epoch.
+        epoch_samples: Crops in one epoch (None: as many as there are training photographs; `steadyvq train` counts them).
         max_side: Photographs are shrunk to this longer side when they are loaded (pixels; None: left as they are).
         eval_crops: Held-out crops of an evaluation.
         eval_split: The held-out photographs: `val`, or `test` for settings that were chosen on `val`.
         test_fraction: Share of a folder's photographs that becomes a `test` split (0: none); mvtb has one of its own.
+        streaming: Leave photographs on disk and go through all of them in every pass, instead of holding them decoded in
+            memory and drawing from them. Shards always do.
+        workers: Processes that read, decode and cut streamed photographs for each training process (None: the cores of
+            the machine less one, shared out, 8 at most). The result does not depend on it.
     """
 
     source: str = "mvtb"
     crop_size: int = 32
     max_scale: float = 4.0
     flip: bool = True
-    epoch_samples: int = 1600
+    epoch_samples: int | None = 1600
     max_side: int | None = 1024
     eval_crops: int = 320
     eval_split: Literal["val", "test"] = "val"
     test_fraction: float = 0.0
+    streaming: bool = False
+    workers: int | None = None
 
     def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"data.workers is {self.workers}, but it is a number of processes, at least 0, or null")
         if not 0 <= self.test_fraction < 0.9:
             raise ValueError(f"data.test_fraction is {self.test_fraction}, but it is a share in [0, 0.9)")
 
@@ -202,7 +211,7 @@ class RunConfig:
             raise ValueError(
                 "quantizer.options.channel_axis is not 1, but a tokenizer's features are at axis 1: leave it out"
             )
-        if self.data.epoch_samples < self.batch_size:
+        if self.data.epoch_samples is not None and self.data.epoch_samples < self.batch_size:
             raise ValueError(
                 f"data.epoch_samples is {self.data.epoch_samples}, less than batch_size {self.batch_size}: an epoch "
                 "needs at least one batch"
@@ -220,9 +229,23 @@ class RunConfig:
         return self.optim.final + (1 - self.optim.final) * shape
 
     @property
+    def epoch_samples(self) -> int:
+        """Crops in one epoch.
+
+        Raises:
+            ValueError: Nobody has counted the photographs.
+        """
+        if self.data.epoch_samples is None:
+            raise ValueError(
+                "data.epoch_samples is null, which only `steadyvq train` replaces by the number of training photographs: "
+                "give a number"
+            )
+        return self.data.epoch_samples
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps in one epoch."""
-        return self.data.epoch_samples // self.batch_size
+        return self.epoch_samples // self.batch_size
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON and YAML."""
@@ -239,7 +262,9 @@ class RunConfig:
         So a setting that a later version adds does not rename the runs of today. A changed default does change them in
         silence; a test holds the defaults.
         """
-        own = _without(_as_hashed(self), _as_hashed(RunConfig()))
+        # Workers decide how fast a batch comes, not what is in it.
+        plain = replace(self, data=replace(self.data, workers=None))
+        own = _without(_as_hashed(plain), _as_hashed(RunConfig()))
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -39,7 +39,7 @@ from steadyvq.training.task import StepOutput, Task
 
 BROKEN_STEPS = 10
 
-MAY_CHANGE = ("micro_batch_size",)
+MAY_CHANGE = ("micro_batch_size", "data.workers")
 """Settings that a resumed run may change: they decide how a step is computed, not what it computes."""
 
 
@@ -153,6 +153,7 @@ class Engine:
             Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
             Diverged: Ten steps in a row were not finite.
             OSError: Something could not be written, as on a full disk; the last checkpoint is kept.
+            ValueError: Photographs cannot be read any more, or a stage trains nothing.
             FailedElsewhere: The same, in the first of several processes.
         """
         started = time.monotonic() - self.seconds
@@ -161,6 +162,7 @@ class Engine:
             if self.step == 0:
                 self.processes.first(self._log_stage)
             with (
+                self._feeding(),
                 StopRequest() as stop,
                 ProgressReport(label, self.total_steps, self.step, quiet=self.quiet) as progress,
             ):
@@ -174,10 +176,26 @@ class Engine:
                         # Before an evaluation, which may take longer than a cluster grants; a resume begins with it.
                         self._interrupt(asked)
                     self._end_epoch_if_due(progress)
-        except (Diverged, OSError, FailedElsewhere):
+        except (Diverged, OSError, ValueError, FailedElsewhere):
             self._mark_failed()
             raise
         self.processes.first(lambda: self.run.write_info(status="done", seconds=round(self.seconds, 2)))
+
+    def _feeding(self) -> contextlib.AbstractContextManager[None]:
+        """The task's worker processes, if it has some, prepare the batches of the rest of the run."""
+        if self.task.feed is None:
+            return contextlib.nullcontext()
+        return self.task.feed.running(self.stepper.requests(self.step, self.total_steps, self.config.steps_per_epoch))
+
+    def _log_data(self) -> None:
+        """How fast batches came, and which photographs could not be read, in all processes since the last time."""
+        if self.task.feed is None:
+            return
+        row = self.task.feed.learn(self.processes.gather(self.task.feed.report()))
+        if "wait" in row:
+            self._note += f", waits {row['wait']:.0%} for data"
+        if row:
+            self.processes.first(lambda: self.run.log("data", **self._where(), **row))
 
     def _train_step(self, stop: StopRequest) -> int | None:
         """One global batch; returns the signal by which all processes are to stop now, if any was asked."""
@@ -257,6 +275,7 @@ class Engine:
         self._note = f"loss {values.get('loss', float('nan')):.4f}"
         row = {**self._where(), "stage": self.schedule.stage.name, **values}
         self.processes.first(lambda: self.run.log("train", **row))
+        self._log_data()
 
     def _where(self) -> dict[str, Any]:
         epoch = (self.step - 1) // self.config.steps_per_epoch if self.step else 0
@@ -337,6 +356,7 @@ class Engine:
 
     def save(self) -> Path:
         """Writes a checkpoint of everything that the rest of the run depends on; keeps the newest and the best."""
+        self._log_data()  # the checkpoint knows what could not be read
         path = checkpoint_path(self.run.checkpoints, self.step)
 
         def write() -> None:

@@ -112,6 +112,14 @@ class Processes:
         dist.all_reduce(total)
         return total
 
+    def gather(self, item: Result) -> list[Result]:
+        """The items of all processes, in order."""
+        if self.count == 1:
+            return [item]
+        items: list[Any] = [None] * self.count
+        dist.all_gather_object(items, item)
+        return items
+
     def wrap(self, module: nn.Module, *, all_used: bool = True) -> Any:
         """The module as the loop calls it: with autocast, and in several processes with gradients averaged over them.
 

@@ -52,7 +52,11 @@ class ProgressReport:
 
     def advance(self, note: str = "") -> None:
         """One step is done; `note` stands beside the bar."""
-        self.done += 1
+        self.advance_by(1, note)
+
+    def advance_by(self, steps: int, note: str = "") -> None:
+        """Some steps are done."""
+        self.done += steps
         if self._bar:
             self._bar.update(self._task, completed=self.done, note=note)
             return

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from steadyvq.data import Request
 from steadyvq.quantizers.processes import noise_from
 from steadyvq.training.processes import Processes
 from steadyvq.training.task import StepOutput, Task
@@ -65,10 +66,19 @@ class GlobalStep:
 
     def batches(self, epoch: int, index: int) -> list[Any]:
         """The micro-batches of this process in global batch number `index` of an epoch."""
-        start, device = index * self.batch_size, self.processes.fabric.device
-        positions = [range(start + share.start, start + share.stop) for share in self.shares]
-        batches = [self.task.batch(epoch, own) for own in positions]
+        device = self.processes.fabric.device
+        batches = [self.task.batch(epoch, own) for own in self._positions(index)]
         return [_pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch) for batch in batches]
+
+    def _positions(self, index: int) -> list[range]:
+        start = index * self.batch_size
+        return [range(start + share.start, start + share.stop) for share in self.shares]
+
+    def requests(self, first: int, last: int, per_epoch: int) -> Iterator[Request]:
+        """What this process will ask its task for in these steps of the run, in order."""
+        for step in range(first, last):
+            epoch, index = divmod(step, per_epoch)
+            yield from (Request(epoch, own) for own in self._positions(index))
 
     def wrap(self, modules: Mapping[str, nn.Module], batch: Any) -> dict[str, Any]:
         """The wrappers of the modules that the objectives train in this stage.

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steadyvq.data import CropFeed
 from steadyvq.training.average import WeightAverage
 from steadyvq.training.run import RunFolder
 from steadyvq.training.stages import Schedule
@@ -48,6 +49,8 @@ class Task(ABC):
             steps only; several processes then look for them at each step, which takes time.
         counts: Names of numbers of `after_step` that are added up, not averaged, over the steps of a row of the log.
         best: The metric of `validate` whose best checkpoint is kept, and which end is best; None: no such metric.
+        feed: Where `batch` gets its samples from, if worker processes prepare them: the engine tells it what is to come,
+            logs what it reports and ends it. None: `batch` prepares them itself.
     """
 
     module: nn.Module
@@ -56,6 +59,7 @@ class Task(ABC):
     always_used: bool = True
     counts: frozenset[str] = frozenset()
     best: tuple[str, Literal["max", "min"]] | None = None
+    feed: CropFeed | None = None
 
     @property
     def averaged(self) -> nn.Module:

@@ -2,7 +2,9 @@
 """Training an image tokenizer: encoder, quantizer and decoder by reconstruction plus the quantizer's losses."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from steadyvq.data import Collection, CropDataset, EvaluationCrops, load_collection
+from steadyvq.data import (
+    Collection,
+    CropDataset,
+    CropFeed,
+    CropRule,
+    EvaluationCrops,
+    ImageSource,
+    StreamedCrops,
+    open_photographs,
+    usable_workers,
+)
 from steadyvq.files import write_atomically, write_text
 from steadyvq.metrics import Probe, write_record
 from steadyvq.models import Tokenizer
@@ -22,6 +34,7 @@ from steadyvq.training.adversary import DISCRIMINATOR, LOSS, NOT_FINITE, Adversa
 from steadyvq.training.average import WeightAverage
 from steadyvq.training.config import RunConfig
 from steadyvq.training.evaluation import evaluate, record_of
+from steadyvq.training.processes import launched
 from steadyvq.training.run import RunFolder
 from steadyvq.training.stages import Schedule, quantizer_weights
 from steadyvq.training.task import StepOutput, Task
@@ -74,12 +87,34 @@ def build_adversary(config: RunConfig, tokenizer: Tokenizer) -> Adversary | None
     )
 
 
-def load_photographs(config: RunConfig) -> Collection:
-    """The photographs of a configuration."""
+def load_photographs(config: RunConfig) -> Collection | ImageSource:
+    """The photographs of a configuration: decoded, or on disk where they are streamed."""
     data = config.data
-    return load_collection(
-        data.source, min_side=data.crop_size, max_side=data.max_side, test_fraction=data.test_fraction
-    )
+    return open_photographs(data.source, data.streaming, data.crop_size, data.max_side, data.test_fraction)
+
+
+def with_counted_epoch(config: RunConfig, photographs: Collection | ImageSource) -> RunConfig:
+    """The configuration with `data.epoch_samples` a number: where it is null, that of the training photographs."""
+    if config.data.epoch_samples is not None:
+        return config
+    return replace(config, data=replace(config.data, epoch_samples=len(photographs.split("train"))))
+
+
+def training_crops(config: RunConfig, photographs: Collection | ImageSource) -> CropDataset | StreamedCrops:
+    """The crops that a configuration trains on."""
+    data, chosen = config.data, photographs.split("train")
+    scales = (1.0, data.max_scale)
+    if isinstance(chosen, ImageSource):
+        return StreamedCrops(chosen, CropRule(data.crop_size, scales, data.flip), config.epoch_samples, config.seed)
+    return CropDataset(chosen, data.crop_size, config.epoch_samples, config.seed, scales, data.flip)
+
+
+def evaluation_crops(config: RunConfig, photographs: Collection | ImageSource) -> EvaluationCrops:
+    """The crops that a configuration is evaluated on; of streamed photographs no more are decoded than there are crops."""
+    data, chosen = config.data, photographs.split(config.data.eval_split)
+    if isinstance(chosen, ImageSource):
+        chosen = chosen.load(data.eval_crops)
+    return EvaluationCrops(chosen, data.crop_size, data.eval_crops)
 
 
 class TokenizerTask(Task):
@@ -87,13 +122,13 @@ class TokenizerTask(Task):
 
     Args:
         config: The run's configuration.
-        photographs: Decoded photographs (None: loaded as the configuration says); sharing them between runs saves time.
+        photographs: The photographs (None: loaded as the configuration says); sharing them between runs saves time.
     """
 
     counts = frozenset({NOT_FINITE})
     best = ("psnr", "max")
 
-    def __init__(self, config: RunConfig, photographs: Collection | None = None) -> None:
+    def __init__(self, config: RunConfig, photographs: Collection | ImageSource | None = None) -> None:
         self.config = config
         photographs = load_photographs(config) if photographs is None else photographs
         self.photographs = photographs
@@ -104,12 +139,13 @@ class TokenizerTask(Task):
             self.module = nn.ModuleDict({OBJECTIVE: self.tokenizer, DISCRIMINATOR: self.adversary.critic})
             self.objectives = (OBJECTIVE, DISCRIMINATOR)
         self.schedule: Schedule | None = None
-        data = config.data
-        scales = (1.0, data.max_scale)
-        self.train_crops = CropDataset(
-            photographs.split("train"), data.crop_size, data.epoch_samples, config.seed, scales, data.flip
-        )
-        self.val_crops = EvaluationCrops(photographs.split(data.eval_split), data.crop_size, data.eval_crops)
+        self.train_crops = training_crops(config, photographs)
+        self.val_crops = evaluation_crops(config, photographs)
+        if isinstance(self.train_crops, StreamedCrops):
+            workers = config.data.workers
+            self.feed = CropFeed(
+                self.train_crops, usable_workers(launched(os.environ)[0]) if workers is None else workers
+            )
         self.probe = Probe()
         losses = getattr(self.quantizer, "losses", {})
         self.watchable = frozenset({"loss", "reconstruction", "relative_error", *losses})
@@ -148,6 +184,8 @@ class TokenizerTask(Task):
 
     def batch(self, epoch: int, positions: range) -> Tensor:
         """Crops at these positions of an epoch, (B, 3, S, S) in [-1, 1]."""
+        if self.feed is not None:
+            return self.feed.batch(epoch, positions)
         return self.train_crops.batch(epoch, positions.start, len(positions))
 
     @torch.no_grad()
@@ -287,12 +325,15 @@ class TokenizerTask(Task):
         self.tokenizer.save_pretrained(folder)
 
     def state_dict(self) -> dict[str, Any]:
-        """The probe's memory."""
-        return {"probe": self.probe.state_dict()}
+        """The probe's memory, and what could not be read."""
+        feed = {} if self.feed is None else {"feed": self.feed.state_dict()}
+        return {"probe": self.probe.state_dict(), **feed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`."""
         self.probe.load_state_dict(state["probe"])
+        if self.feed is not None:
+            self.feed.load_state_dict(state["feed"])
 
 
 def _side_by_side(tokens: Tensor, columns: int = 8) -> Tensor:
