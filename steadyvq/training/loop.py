@@ -27,6 +27,7 @@ from steadyvq.training.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
+from steadyvq.training.config import resolve
 from steadyvq.training.means import Means
 from steadyvq.training.processes import FailedElsewhere, Processes, seed_step
 from steadyvq.training.progress import ProgressReport
@@ -38,7 +39,7 @@ from steadyvq.training.task import StepOutput, Task
 
 BROKEN_STEPS = 10
 
-MAY_CHANGE = ("micro_batch_size",)
+MAY_CHANGE = ("micro_batch_size", "perceptual_weights")
 """Settings that a resumed run may change: they decide how a step is computed, not what it computes."""
 
 
@@ -365,7 +366,9 @@ class Engine:
 
     def _resume(self, path: Path) -> None:
         state = load_checkpoint(path)
-        changed = [n for n in differences(state["config"], self.config.to_dict()) if n not in MAY_CHANGE]
+        # Settings that are newer than the checkpoint have their defaults in it.
+        written = resolve(state["config"]).to_dict()
+        changed = [n for n in differences(written, self.config.to_dict()) if n not in MAY_CHANGE]
         if changed:
             raise ValueError(
                 f"{path} was written with another configuration (differs in {', '.join(changed[:5])}): "

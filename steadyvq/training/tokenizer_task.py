@@ -13,7 +13,7 @@ from torch.optim import Adam, Optimizer
 from steadyvq.data import Collection, CropDataset, EvaluationCrops, load_collection
 from steadyvq.files import write_atomically, write_text
 from steadyvq.metrics import Probe, write_record
-from steadyvq.models import Tokenizer
+from steadyvq.models import LPIPS, Tokenizer, load_lpips
 from steadyvq.quantizers import Codebook, Quantized, Quantizer, VectorQuantizer, accepts, build_quantizer
 from steadyvq.quantizers.maintenance import ReplaceDead
 from steadyvq.quantizers.names import coupling
@@ -55,6 +55,23 @@ def load_photographs(config: RunConfig) -> Collection:
     )
 
 
+def load_perceptual(config: RunConfig) -> LPIPS | None:
+    """LPIPS as the configuration asks for it, or None.
+
+    Raises:
+        ValueError: It is asked for, and its weights are missing or damaged.
+    """
+    if not config.perceptual:
+        return None
+    try:
+        return load_lpips(config.perceptual_net, config.perceptual_weights)
+    except ValueError as error:
+        raise ValueError(
+            f"perceptual is {config.perceptual}, but {error}; --set perceptual_weights=PATH names them, --set perceptual=0 "
+            "trains without"
+        ) from error
+
+
 class TokenizerTask(Task):
     """An image tokenizer on crops of photographs.
 
@@ -68,6 +85,8 @@ class TokenizerTask(Task):
 
     def __init__(self, config: RunConfig, photographs: Collection | None = None) -> None:
         self.config = config
+        # First, since photographs take long to load; and no part of `module`, so that it is neither saved nor wrapped.
+        self.perceptual = load_perceptual(config)
         photographs = load_photographs(config) if photographs is None else photographs
         self.photographs = photographs
         self.tokenizer = build_tokenizer(config)
@@ -80,7 +99,8 @@ class TokenizerTask(Task):
         self.val_crops = EvaluationCrops(photographs.split(data.eval_split), data.crop_size, data.eval_crops)
         self.probe = Probe()
         losses = getattr(self.quantizer, "losses", {})
-        self.watchable = frozenset({"loss", "reconstruction", "relative_error", *losses})
+        own = {"perceptual"} if self.perceptual is not None else set()
+        self.watchable = frozenset({"loss", "reconstruction", "relative_error", *losses, *own})
 
     @property
     def quantizer(self) -> Quantizer:
@@ -123,12 +143,16 @@ class TokenizerTask(Task):
         self.quantizer.init_from(latents, method=settings.init, seed=self.config.seed)
 
     def loss(self, objective: str, model: nn.Module, batch: Tensor, earlier: Mapping[str, StepOutput]) -> StepOutput:
-        """Reconstruction plus the quantizer's weighted losses."""
+        """Reconstruction (pixels, and LPIPS if it has a weight) plus the quantizer's weighted losses."""
         reconstruction, quantized = model(batch)
         error = reconstruction.to(batch.dtype) - batch
         pixel = error.square().mean() if self.config.reconstruction == "mse" else error.abs().mean()
         total = pixel + quantized.loss
-        logs = {"loss": total, "loss/reconstruction": pixel}
+        logs = {"loss/reconstruction": pixel}
+        if self.perceptual is not None:
+            logs["loss/perceptual"] = self.perceptual.to(batch.device)(reconstruction, batch).mean()
+            total = total + self.config.perceptual * logs["loss/perceptual"]
+        logs["loss"] = total
         logs |= {f"loss/{name}": value for name, value in quantized.losses.items()}
         logs |= {f"vq/{name}": value for name, value in quantized.stats.items()}
         finite = quantized.assignment.distance.isfinite().all()
@@ -178,7 +202,8 @@ class TokenizerTask(Task):
 
     def validate(self, step: int, run: RunFolder) -> Mapping[str, float]:
         """Evaluates on the held-out photographs and saves a picture, a record and the code counts."""
-        result = evaluate(self.tokenizer, self.val_crops, self.config.batch_size)
+        perceptual = [] if self.perceptual is None else [self.perceptual]
+        result = evaluate(self.tokenizer, self.val_crops, self.config.batch_size, perceptual)
         record = record_of(result, self.val_crops, self.config.hash(), step)
         write_record(run.path / "evaluations" / f"step-{step:08d}.json", record)
         write_text(run.path / "usage.json", json.dumps(_usage(self.quantizer, result.counts)))
@@ -193,11 +218,17 @@ class TokenizerTask(Task):
         self.tokenizer.save_pretrained(folder)
 
     def state_dict(self) -> dict[str, Any]:
-        """The probe's memory."""
-        return {"probe": self.probe.state_dict()}
+        """The probe's memory, and which LPIPS trained."""
+        perceptual = {} if self.perceptual is None else {"perceptual": self.perceptual.weights_hash}
+        return {"probe": self.probe.state_dict(), **perceptual}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict()`."""
+        """Restores `state_dict()`; refuses to go on with another LPIPS."""
+        if self.perceptual is not None and self.perceptual.weights_hash != state["perceptual"]:
+            raise ValueError(
+                f"the run was trained with weights of LPIPS of SHA-256 {state['perceptual'][:12]}, but those found now have "
+                f"{self.perceptual.weights_hash[:12]}: name the same ones with --set perceptual_weights=PATH"
+            )
         self.probe.load_state_dict(state["probe"])
 
 
