@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from steadyvq.data import load_image, to_float
 from steadyvq.data.mvtb import mvtb_files
 from steadyvq.models import LPIPS, load_lpips, perceptual_weights
-from steadyvq.models.perceptual import CLASSIFIERS
+from steadyvq.models.perceptual import CLASSIFIERS, _full_precision
 from steadyvq.models.perceptual_weights import MissingWeights, digest, read_arrays
 
 NETS = ("alex", "vgg")
@@ -212,6 +212,23 @@ def test_gradients_where_nothing_is_active(networks, pairs):
         with torch.autograd.detect_anomaly(check_nan=True):
             LPIPS("alex", weights)(image, pairs[1][:1]).sum().backward()
     assert image.grad.count_nonzero() == 0
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this torch has the older setting alone")
+@pytest.mark.parametrize("before", ["tf32", "ieee", "none"])
+def test_convolutions_on_a_gpu_are_exact_and_the_setting_is_put_back(before):
+    """Needs no GPU: the setting is the process's."""
+    conv = torch.backends.cudnn.conv
+    original = conv.fp32_precision
+    try:
+        conv.fp32_precision = before
+        with _full_precision(torch.device("cuda")):
+            assert conv.fp32_precision == "ieee"
+        assert conv.fp32_precision == before
+        with _full_precision(torch.device("cpu")):
+            assert conv.fp32_precision == before
+    finally:
+        conv.fp32_precision = original
 
 
 # ---- weights ----

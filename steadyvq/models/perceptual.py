@@ -14,6 +14,7 @@ added to the lengths. The dropout in front of the heads there acts in training o
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """What version 0.1 does to images in [-1, 1]: (x - shift) / scale, per colour."""
 EPS = 1e-10
+_EXACT = ("fp32_precision", "ieee")
 
 
 @dataclass(frozen=True)
@@ -223,9 +225,12 @@ def _full_precision(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    # Newer versions of torch have a setting for convolutions, and refuse the older one where somebody has used it.
+    setting: Any = getattr(torch.backends.cudnn, "conv", None)
+    place, name, exact = (torch.backends.cudnn, "allow_tf32", False) if setting is None else (setting, *_EXACT)
+    before = getattr(place, name)
+    setattr(place, name, exact)
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        setattr(place, name, before)
