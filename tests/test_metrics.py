@@ -228,6 +228,16 @@ def test_quality_over_batches_is_quality_of_the_whole(pictures: tuple[torch.Tens
     assert report.psnr.low < report.psnr.mean < (report.psnr.high or 0.0)
 
 
+def test_other_measures_are_summarised_like_ours(pictures: tuple[torch.Tensor, torch.Tensor]) -> None:
+    clean, noisy = pictures
+    names = ["a", "b", "a", "c", "b"]
+    values = torch.tensor([0.5, 0.1, 0.2, 0.4, 0.3])
+    quality = ImageQuality()
+    quality.update(clean[:2], noisy[:2], names[:2], {"mine": values[:2]})
+    quality.update(clean[2:], noisy[2:], names[2:], {"mine": values[2:]})
+    assert quality.report().others == {"mine": estimate(values.tolist(), names)}
+
+
 def test_interval_is_the_bootstrap_over_photographs() -> None:
     rng = np.random.default_rng(0)
     groups = {f"p{i}": rng.normal(rng.normal(30, 3), 1, size=rng.integers(1, 9)) for i in range(15)}

@@ -33,6 +33,18 @@ def write_evaluation(folder: Path, name: str, **changes: object) -> None:
     (folder / "evaluations" / f"{name}.json").write_text(json.dumps(record))
 
 
+def test_lpips_has_a_column_where_it_was_measured(tmp_path):
+    write_run(tmp_path)
+    write_evaluation(tmp_path, "eval-a")
+    assert "LPIPS alex" not in text_of(report(tmp_path))
+    metrics = {"psnr": 21.5, "lpips_alex": 0.12345, "lpips_alex_weights": "0123abc"}
+    write_evaluation(tmp_path, "eval-b", metrics=metrics)
+    tree = report(tmp_path)
+    assert "LPIPS alex" in text_of(tree)
+    assert "LPIPS vgg" not in text_of(tree)
+    assert "0.1235" in text_of(tree)
+
+
 def test_stages_tell_their_length_and_what_they_change(tmp_path):
     write_run(tmp_path)
     write_settings(tmp_path, stages=STAGES)

@@ -106,6 +106,12 @@ def _add_use(commands: "argparse._SubParsersAction[Parser]") -> None:
     evaluate.add_argument("--split", default="val", help="val, test, train or all")
     evaluate.add_argument("--crop", type=int, help="side of the crops in pixels (default: the run's)")
     evaluate.add_argument("--count", type=int, help="number of crops (default: the run's)")
+    evaluate.add_argument(
+        "--lpips", metavar="NETS", help="alex, vgg, alex,vgg or none (default: those whose weights are found)"
+    )
+    evaluate.add_argument(
+        "--lpips-weights", type=Path, metavar="PATH", help="a file or folder with the weights of LPIPS"
+    )
     evaluate.add_argument("--out", type=Path, help="where the JSON record goes (default: RUN/evaluations)")
     encode = commands.add_parser("encode", help="images to tokens", allow_abbrev=False)
     encode.add_argument("run", type=Path, help="a run folder or a saved tokenizer")

@@ -20,7 +20,11 @@ from steadyvq.data.decode import centre_square
 from steadyvq.data.shards import is_shard_set
 from steadyvq.files import write_atomically
 from steadyvq.metrics import read_record, to_uint8, write_record
-from steadyvq.models import Tokenizer
+from steadyvq.models import LPIPS, Tokenizer, load_lpips
+from steadyvq.models.perceptual import CLASSIFIERS, too_small
+from steadyvq.models.perceptual_weights import MissingWeights
+from steadyvq.quantizers.names import look_up
+from steadyvq.training.config import RunConfig
 from steadyvq.training.evaluation import evaluate, record_of
 from steadyvq.training.progress import ProgressReport
 
@@ -49,21 +53,60 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     if isinstance(photographs, ImageSource):
         photographs = photographs.load(count)
     crops = EvaluationCrops(photographs, crop, count)
-    result = evaluate(tokenizer, crops, BATCH)
+    perceptual, left_out = _perceptual(arguments, config, crop)
+    result = evaluate(tokenizer, crops, BATCH, perceptual)
     record = record_of(result, crops, config.hash() if config else "", step)
     write_record(out, record)
     m = result.metrics
     row = {
         "PSNR dB": f"{m['psnr']:.2f}",
         "SSIM": f"{m['ssim']:.3f}",
+        **{f"LPIPS {network.net}": f"{m[f'lpips_{network.net}']:.4f}" for network in perceptual},
         "codes used": f"{m['active']}/{m['num_codes']} ({m['utilization']:.1%}; ceiling {m['ceiling']:.1%})",
         "perplexity": f"{m['perplexity']:.0f}",
         "tokens": f"{m['tokens']:,}",
         "images": f"{len(crops)} of {len(set(crops.photographs))} photographs",
     }
     table([row])
+    for reason in left_out:
+        say(f"without LPIPS: {reason}")
     say(f"record: {out}")
     return 0
+
+
+def _perceptual(
+    arguments: argparse.Namespace, config: RunConfig | None, crop: int
+) -> tuple[list[LPIPS], list[MissingWeights]]:
+    """The networks of LPIPS to measure with: those asked for, or those that can be had, and why not the others."""
+    if arguments.lpips == "none":
+        return [], []
+    named: Path | None = arguments.lpips_weights
+    nets = list(CLASSIFIERS) if arguments.lpips is None else arguments.lpips.split(",")
+    for net in nets:
+        look_up("network of LPIPS", net, CLASSIFIERS)
+    if named is not None and not named.is_dir() and len(nets) > 1:
+        raise ValueError(f"--lpips-weights {named} is no folder, and a file holds one network: say which with --lpips")
+    found, left_out = list[LPIPS](), list[MissingWeights]()
+    for net in dict.fromkeys(nets):
+        source: Path | str | None = named
+        if named is None and config is not None and config.perceptual_net == net:
+            source = config.perceptual_weights
+        try:
+            found.append(_network(net, source, crop))
+        except MissingWeights as error:
+            left_out.append(error)
+            if arguments.lpips is not None or (named is not None and len(left_out) == len(nets)):
+                raise
+    return found, left_out
+
+
+def _network(net: str, source: Path | str | None, crop: int) -> LPIPS:
+    if crop < CLASSIFIERS[net].smallest:
+        raise MissingWeights(too_small(net, crop))
+    try:
+        return load_lpips(net, source)
+    except MissingWeights as error:
+        raise MissingWeights(f"{error}; --lpips-weights PATH names them") from error
 
 
 def _positive(option: str, given: int | None, default: int) -> int:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PSNR and SSIM of 8-bit images, with intervals by photograph."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Num, UInt8
@@ -111,16 +111,17 @@ class Estimate:
 
 @dataclass(frozen=True)
 class QualityReport:
-    """PSNR in dB and SSIM of a set of images."""
+    """PSNR in dB and SSIM of a set of images, and whatever else was measured, by name."""
 
     psnr: Estimate
     ssim: Estimate
     images: int
     photographs: int
+    others: dict[str, Estimate] = field(default_factory=dict)
 
 
 class ImageQuality:
-    """Accumulates PSNR and SSIM over batches.
+    """Accumulates PSNR, SSIM and what else is measured over batches.
 
     Crops of one photograph are not independent samples, so the intervals resample photographs.
     """
@@ -128,6 +129,7 @@ class ImageQuality:
     def __init__(self) -> None:
         self._psnr: list[float] = []
         self._ssim: list[float] = []
+        self._others: dict[str, list[float]] = {}
         self._photographs: list[str] = []
 
     def update(
@@ -135,6 +137,7 @@ class ImageQuality:
         reference: Num[Tensor, "B C H W"],
         reconstruction: Num[Tensor, "_ _ _ _"],
         photographs: Sequence[str],
+        others: Mapping[str, Float[Tensor, "B"]] | None = None,
     ) -> None:
         """Add a batch.
 
@@ -142,6 +145,7 @@ class ImageQuality:
             reference: uint8, or floats in [-1, 1].
             reconstruction: The same shape.
             photographs: The name of the photograph that each image was cut from.
+            others: Further measures of the same images, one value each, by name; the same names in every batch.
         """
         if len(photographs) != reference.shape[0]:
             raise ValueError(
@@ -149,6 +153,8 @@ class ImageQuality:
             )
         self._psnr += psnr(reference, reconstruction).tolist()
         self._ssim += ssim(reference, reconstruction).tolist()
+        for name, values in (others or {}).items():
+            self._others.setdefault(name, []).extend(values.tolist())
         self._photographs += photographs
 
     def report(self, seed: int = 0) -> QualityReport:
@@ -158,6 +164,7 @@ class ImageQuality:
             ssim=estimate(self._ssim, self._photographs, seed=seed),
             images=len(self._psnr),
             photographs=len(set(self._photographs)),
+            others={name: estimate(found, self._photographs, seed=seed) for name, found in self._others.items()},
         )
 
 

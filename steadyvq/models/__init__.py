@@ -4,12 +4,15 @@
 from steadyvq.models.adversarial import Critic, adaptive_weight, discriminator_loss, generator_loss
 from steadyvq.models.autoencoder import AUTOENCODERS, AutoencoderConfig, Decoder, Encoder, autoencoder_config
 from steadyvq.models.discriminator import DISCRIMINATORS, build_discriminator
+from steadyvq.models.perceptual import LPIPS
+from steadyvq.models.perceptual_weights import load_lpips
 from steadyvq.models.tokenizer import Tokenizer
 from steadyvq.models.vqgan import VqganDecoder, VqganEncoder
 
 __all__ = [
     "AUTOENCODERS",
     "DISCRIMINATORS",
+    "LPIPS",
     "AutoencoderConfig",
     "Critic",
     "Decoder",
@@ -22,4 +25,5 @@ __all__ = [
     "build_discriminator",
     "discriminator_loss",
     "generator_loss",
+    "load_lpips",
 ]

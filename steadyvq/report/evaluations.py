@@ -18,14 +18,15 @@ def evaluation_section(runs: Sequence[Run]) -> list[Markup]:
         return []
     several = len(runs) > 1
     protocols = _protocols(runs)
+    columns = [column for column in _COLUMNS if column[0] not in _OPTIONAL or _measured(runs, _OPTIONAL[column[0]])]
     rows = []
     for i, run in enumerate(runs):
         name = [tag("th", swatch(i), run.label, scope="row")] if several else []
         for record in reversed(run.records):
-            cells = [tag("td", show(record)) for _, show in _COLUMNS]
+            cells = [tag("td", show(record)) for _, show in columns]
             measured = tag("td", list(protocols).index(_protocol(record)) + 1)
             rows.append(tag("tr", *name, _step(run, record), *cells, measured))
-    names = (*(["run"] if several else []), "step", *(name for name, _ in _COLUMNS), "protocol")
+    names = (*(["run"] if several else []), "step", *(name for name, _ in columns), "protocol")
     return [
         tag("h2", "Evaluations"),
         tag("div", table(names, rows, class_="records"), class_="tall"),
@@ -84,11 +85,20 @@ _COLUMNS: tuple[tuple[str, Callable[[Record], object]], ...] = (
     ("images", _images),
     ("PSNR (dB)", _psnr),
     ("SSIM", lambda record: _number(record, "ssim", ".3f")),
+    ("LPIPS alex", lambda record: _number(record, "lpips_alex", ".4f")),
+    ("LPIPS vgg", lambda record: _number(record, "lpips_vgg", ".4f")),
     ("utilization", _utilization),
     ("ceiling", _ceiling),
     ("perplexity", lambda record: _number(record, "perplexity", ",.0f")),
     ("relative error", lambda record: _number(record, "relative_error", ".3f")),
 )
+
+_OPTIONAL = {"LPIPS alex": "lpips_alex", "LPIPS vgg": "lpips_vgg"}
+"""Columns that are shown where a record has their number."""
+
+
+def _measured(runs: Sequence[Run], key: str) -> bool:
+    return any(number(record.get(key)) is not None for run in runs for record in run.records)
 
 
 def _protocol(record: Record) -> tuple[str, ...]:

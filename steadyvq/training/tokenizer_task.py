@@ -25,7 +25,7 @@ from steadyvq.data import (
 )
 from steadyvq.files import write_atomically, write_text
 from steadyvq.metrics import Probe, write_record
-from steadyvq.models import Tokenizer
+from steadyvq.models import LPIPS, Tokenizer, load_lpips
 from steadyvq.quantizers import Codebook, Quantized, Quantizer, VectorQuantizer, accepts, build_quantizer
 from steadyvq.quantizers.maintenance import ReplaceDead
 from steadyvq.quantizers.names import coupling
@@ -117,6 +117,23 @@ def evaluation_crops(config: RunConfig, photographs: Collection | ImageSource) -
     return EvaluationCrops(chosen, data.crop_size, data.eval_crops)
 
 
+def load_perceptual(config: RunConfig) -> LPIPS | None:
+    """LPIPS as the configuration asks for it, or None.
+
+    Raises:
+        ValueError: It is asked for, and its weights are missing or damaged.
+    """
+    if not config.perceptual:
+        return None
+    try:
+        return load_lpips(config.perceptual_net, config.perceptual_weights)
+    except ValueError as error:
+        raise ValueError(
+            f"perceptual is {config.perceptual}, but {error}; --set perceptual_weights=PATH names them, --set perceptual=0 "
+            "trains without"
+        ) from error
+
+
 class TokenizerTask(Task):
     """An image tokenizer on crops of photographs.
 
@@ -130,6 +147,8 @@ class TokenizerTask(Task):
 
     def __init__(self, config: RunConfig, photographs: Collection | ImageSource | None = None) -> None:
         self.config = config
+        # First, since photographs take long to load; and no part of `module`, so that it is neither saved nor wrapped.
+        self.perceptual = load_perceptual(config)
         photographs = load_photographs(config) if photographs is None else photographs
         self.photographs = photographs
         self.tokenizer = build_tokenizer(config)
@@ -148,7 +167,8 @@ class TokenizerTask(Task):
             )
         self.probe = Probe()
         losses = getattr(self.quantizer, "losses", {})
-        self.watchable = frozenset({"loss", "reconstruction", "relative_error", *losses})
+        own = {"perceptual"} if self.perceptual is not None else set()
+        self.watchable = frozenset({"loss", "reconstruction", "relative_error", *losses, *own})
 
     @property
     def quantizer(self) -> Quantizer:
@@ -237,10 +257,14 @@ class TokenizerTask(Task):
         return StepOutput(total, {name: value.detach() for name, value in logs.items()}, made, finite=finite)
 
     def _likeness(self, images: Tensor, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What makes reconstructions like their originals, and its parts for the log."""
+        """What makes reconstructions like their originals (pixels, and LPIPS if it has a weight), and its parts for the log."""
         error = images - batch
         pixel = error.square().mean() if self.config.reconstruction == "mse" else error.abs().mean()
-        return pixel, {"loss/reconstruction": pixel}
+        total, logs = pixel, {"loss/reconstruction": pixel}
+        if self.perceptual is not None:
+            logs["loss/perceptual"] = self.perceptual.to(batch.device)(images, batch).mean()
+            total = total + self.config.perceptual * logs["loss/perceptual"]
+        return total, logs
 
     @torch.no_grad()
     def _made(self, batch: Tensor, earlier: Mapping[str, StepOutput]) -> Tensor:
@@ -310,7 +334,8 @@ class TokenizerTask(Task):
 
     def validate(self, step: int, run: RunFolder) -> Mapping[str, float]:
         """Evaluates on the held-out photographs and saves a picture, a record and the code counts."""
-        result = evaluate(self.tokenizer, self.val_crops, self.config.batch_size)
+        perceptual = [] if self.perceptual is None else [self.perceptual]
+        result = evaluate(self.tokenizer, self.val_crops, self.config.batch_size, perceptual)
         record = record_of(result, self.val_crops, self.config.hash(), step)
         write_record(run.path / "evaluations" / f"step-{step:08d}.json", record)
         write_text(run.path / "usage.json", json.dumps(_usage(self.quantizer, result.counts)))
@@ -325,12 +350,18 @@ class TokenizerTask(Task):
         self.tokenizer.save_pretrained(folder)
 
     def state_dict(self) -> dict[str, Any]:
-        """The probe's memory, and what could not be read."""
+        """The probe's memory, which LPIPS trained, and what could not be read."""
+        perceptual = {} if self.perceptual is None else {"perceptual": self.perceptual.weights_hash}
         feed = {} if self.feed is None else {"feed": self.feed.state_dict()}
-        return {"probe": self.probe.state_dict(), **feed}
+        return {"probe": self.probe.state_dict(), **perceptual, **feed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict()`."""
+        """Restores `state_dict()`; refuses to go on with another LPIPS."""
+        if self.perceptual is not None and self.perceptual.weights_hash != state["perceptual"]:
+            raise ValueError(
+                f"the run was trained with weights of LPIPS of SHA-256 {state['perceptual'][:12]}, but those found now have "
+                f"{self.perceptual.weights_hash[:12]}: name the same ones with --set perceptual_weights=PATH"
+            )
         self.probe.load_state_dict(state["probe"])
         if self.feed is not None:
             self.feed.load_state_dict(state["feed"])
