@@ -16,6 +16,7 @@ import subprocess
 from pathlib import Path
 
 import speed_dense
+import speed_memory
 import speed_scaling
 import speed_search
 import speed_step
@@ -24,6 +25,7 @@ from pairs import machine
 
 GROUPS = {
     "search": speed_search.measure,
+    "memory": speed_memory.measure,
     "dense": speed_dense.measure,
     "step": speed_step.measure,
     "scaling": speed_scaling.measure,

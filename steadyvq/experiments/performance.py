@@ -42,6 +42,13 @@ def search_table(rows: Sequence[Row]) -> str:
     return markdown(head, cells)
 
 
+def memory_table(rows: Sequence[Row]) -> str:
+    """Peak memory of searches."""
+    return markdown(
+        ["N x K x d", "search", "extra, MB"], [[_size(r), r["form"], f"{r['extra_mb']:,.0f}"] for r in rows]
+    )
+
+
 def dense_table(rows: Sequence[Row]) -> str:
     """The non-stationary loss against rivals."""
     head = ["N x K x d", "ours, ms", "floor, ms", "x floor", "extra, MB", "rival", "rival, ms", "rival / ours [95 %]"]

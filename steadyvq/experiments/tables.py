@@ -104,6 +104,7 @@ def performance_table(group: str) -> str:
     )
     make = {
         "search": performance.search_table,
+        "memory": performance.memory_table,
         "dense": performance.dense_table,
         "step": performance.step_table,
         "scaling": performance.scaling_table,
@@ -118,7 +119,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "collapse": partial(arms_table, "collapse"),
     "tuning": partial(arms_table, "tuning"),
-    **{f"performance-{group}": partial(performance_table, group) for group in ("search", "dense", "step", "scaling")},
+    **{
+        f"performance-{group}": partial(performance_table, group)
+        for group in ("search", "memory", "dense", "step", "scaling")
+    },
 }
 
 PLOT = ROOT / "docs" / "images" / "performance-scaling.svg"

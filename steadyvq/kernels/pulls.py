@@ -14,6 +14,7 @@ from torch import Tensor
 
 from steadyvq.kernels.rounding import working_dtype
 from steadyvq.kernels.soft import rows_per_block
+from steadyvq.kernels.statistics import softmax_rows
 
 # Weights exp(-rank / tau) below e^-30 are zero: what float32 loses anyway.
 _RANKS = 30.0
@@ -51,7 +52,8 @@ def _pull(
             if ranks:
                 weight = _by_rank(distance, temperature)
             else:
-                weight = (-distance / temperature).softmax(1).mul_(strength).clamp_(max=1.0)
+                parts = softmax_rows(-distance / temperature)
+                weight = parts.weight.mul_((strength / parts.total).unsqueeze(1)).clamp_(max=1.0)
                 weight.scatter_(1, indices[block].unsqueeze(1), 1.0)
             cost[block] = (weight * distance).sum(1)
             weight.mul_(row[block].unsqueeze(1))

@@ -19,6 +19,7 @@ from torch.autograd.function import FunctionCtx
 
 from steadyvq.kernels import hashing
 from steadyvq.kernels.rounding import working_dtype
+from steadyvq.kernels.statistics import softmax_rows
 
 Score = Literal["l2", "dot"]
 
@@ -105,7 +106,8 @@ def _carrier_backward(
         for block, p in scores.blocks():
             if fraction > 0:
                 Gumbel(key, rows, fraction).add_to(p, block)
-            p = p.div_(temperature).softmax(1)
+            parts = softmax_rows(p.div_(temperature))
+            p = parts.weight.div_(parts.total.unsqueeze(1))
             # d/dl_ij of sum_j p_ij (g_i . e_j): p_ij (s_ij - sum_k p_ik s_ik), s_ij = g_i . e_j.
             pull = grad[block] @ scores.table.t()
             pull.sub_((p * pull).sum(1, keepdim=True)).mul_(p).div_(temperature)
@@ -185,10 +187,9 @@ def _entropies(z: Tensor, table: Tensor, temperature: Tensor, row_weight: Tensor
         scores = _Scores(z, table, dot)
         entropy, mass = torch.zeros_like(scores.z[:, 0]), torch.zeros_like(scores.bias)
         for block, logits in scores.blocks():
-            log_p = logits.div_(temperature).log_softmax(1)
-            p = log_p.exp()
-            entropy[block] = -(p * log_p).sum(1)
-            mass.addmv_(p.t(), row_weight[block].to(p.dtype))
+            parts = softmax_rows(logits.div_(temperature))
+            entropy[block] = parts.entropy
+            mass.addmv_(parts.weight.t(), row_weight[block].to(parts.total.dtype) / parts.total)
     return entropy, mass
 
 
@@ -226,11 +227,13 @@ def _entropy_gradient(
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
         scores = _Scores(z, table, dot)
         for block, logits in scores.blocks():
-            log_p = logits.div_(temperature).log_softmax(1)
-            p = log_p.exp()
-            value = log_p.mul_(-sample).sub_(log_mean * batch)
-            value.sub_((p * value).sum(1, keepdim=True)).mul_(p)
-            scores.send_back(block, value.mul_((row_weight[block].to(p.dtype) / temperature).unsqueeze(1)))
+            parts = softmax_rows(logits.div_(temperature).clone())
+            share = row_weight[block].to(logits.dtype) / temperature / parts.total
+            # v_ij = -sample log p_ij - batch log m_j, less its mean under p_i.
+            centre = batch * (parts.weight @ log_mean) / parts.total - sample * parts.entropy
+            value = logits.sub_(parts.log_normaliser.unsqueeze(1)).mul_(-sample).sub_(log_mean * batch)
+            value.add_(centre.unsqueeze(1)).mul_(parts.weight)
+            scores.send_back(block, value.mul_(share.unsqueeze(1)))
     return scores.grad_z, scores.grad_table
 
 

@@ -2,6 +2,7 @@
 """Reductions of the softmax over codes, in blocks of latents: memory is two blocks of N x K scores plus the outputs."""
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from steadyvq.kernels import choice, native
 
-# Softmax weights below this are zero.
+# Softmax weights below this are zero: e^-60.
 _NEGLIGIBLE = 1e-26
+_LOWEST = -60.0
 
 
 def soft_statistics(
@@ -61,6 +63,45 @@ def soft_statistics(
             sums.row_mass[block] = (weight @ factor) / total
             sums.row_sum[block] = (weight @ scaled) / total.unsqueeze(1)
     return sums.outputs(present)
+
+
+class Rows(NamedTuple):
+    """A softmax over the columns of a block, not yet divided by its normaliser.
+
+    Attributes:
+        weight: (R, K) exp(l - m), zero below e^-60.
+        largest: (R,) m.
+        total: (R,) sum of the weights.
+        moment: (R,) sum of weight times l - m.
+    """
+
+    weight: Tensor
+    largest: Tensor
+    total: Tensor
+    moment: Tensor
+
+    @property
+    def entropy(self) -> Tensor:
+        """(R,) entropy of each row."""
+        return self.total.log() - self.moment / self.total
+
+    @property
+    def log_normaliser(self) -> Tensor:
+        """(R,) log sum_j exp(l_j)."""
+        return self.total.log() + self.largest
+
+
+def softmax_rows(logits: Tensor) -> Rows:
+    """The softmax of a block of logits (R, K), which may be overwritten; exp of what vanishes would be denormal, and slow."""
+    rows, codes = logits.shape
+    if choice.softmax_choice(rows, codes, 1, device=logits.device.type, dtype=logits.dtype).backend == "native":
+        first = torch.zeros(rows, dtype=torch.int64)
+        largest, top, rest, moment = native.softmax_rows(logits, first, False)
+        return Rows(logits, largest, top + rest, moment)
+    largest = logits.amax(1)
+    shifted = logits.sub_(largest.unsqueeze(1)).clamp_(min=_LOWEST)
+    weight = F.threshold(shifted.exp(), _NEGLIGIBLE, 0.0)
+    return Rows(weight, largest, weight.sum(1), torch.linalg.vecdot(weight, shifted))
 
 
 class _Sums(ABC):
