@@ -2,6 +2,7 @@
 """The compiled search: the bits of the reference on every input, a proven screen, and a build that can fail without harm."""
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -176,6 +177,22 @@ def test_bad_arguments_and_foreign_inputs() -> None:
     if not LIBRARY.bfloat16:
         with pytest.raises(ValueError, match="AVX512-BF16"):
             native.nearest(z, table, bfloat16=True)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="options of x86 compilers")
+@pytest.mark.parametrize("case", [*CASES, "trained"])
+def test_the_kernels_of_older_processors(case: str, monkeypatch) -> None:
+    """AVX2 alone: other tiles, other lanes, no bfloat16."""
+    older = native.library("-march=x86-64-v3")
+    assert (older.bfloat16, older.rows, older.groups) == (False, 6, 1)
+    monkeypatch.setattr(native, "library", lambda: older)
+    z, table = trained(300, 5_000, 24, 0.1) if case == "trained" else CASES[case]()
+    for dot in (False, True):
+        assert same(native.nearest(z, table, dot=dot), reference.nearest(z, table, dot=dot))
+    logits = random(5, 100, seed=1) * 9
+    weight = logits.clone()
+    largest, top, rest, _ = native.softmax_rows(weight, torch.arange(5), True)
+    torch.testing.assert_close((top + rest).log() + largest, logits.logsumexp(1))
 
 
 # --- softmax ---------------------------------------------------------------------------------------------------------

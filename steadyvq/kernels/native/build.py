@@ -53,10 +53,14 @@ class Library(NamedTuple):
 
 
 @functools.cache
-def library() -> Library:
-    """The compiled kernels of this processor; the first call may compile it, which takes a second."""
+def library(*extra: str) -> Library:
+    """The compiled kernels of this processor; the first call may compile them, which takes a second.
+
+    Args:
+        extra: further options of the compiler, to try what other processors get.
+    """
     try:
-        path = _compiled()
+        path = _compiled(extra)
         functions = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
         reason = str(error)
@@ -67,7 +71,7 @@ def library() -> Library:
     return Library(functions, bool(functions.has_bfloat16()), rows, groups, str(path))
 
 
-def _compiled() -> Path:
+def _compiled(extra: tuple[str, ...]) -> Path:
     if os.environ.get("STEADYVQ_NATIVE", "1") == "0":
         raise RuntimeError("switched off by STEADYVQ_NATIVE=0")
     compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CC"), *_COMPILERS)))), None)
@@ -75,22 +79,22 @@ def _compiled() -> Path:
         raise RuntimeError("there is no C compiler (cc, gcc, clang or what CC names)")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS).stdout
     texts = ((FOLDER / name).read_text() for name in (*SOURCES, *HEADERS))
-    parts = (*texts, " ".join(FLAGS), compiler, version, _processor())
+    parts = (*texts, " ".join((*FLAGS, *extra)), compiler, version, _processor())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steadyvq"
     path = folder / f"kernels-{key}.so"
     if not path.exists():
-        _compile(compiler, path)
+        _compile(compiler, path, extra)
     return path
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: str, path: Path, extra: tuple[str, ...]) -> None:
     """Writes the library under a temporary name and renames it: several processes may start at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     try:
-        command = [compiler, *FLAGS, *(str(FOLDER / source) for source in SOURCES), "-o", name, "-lm"]
+        command = [compiler, *FLAGS, *extra, *(str(FOLDER / source) for source in SOURCES), "-o", name, "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
