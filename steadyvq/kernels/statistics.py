@@ -163,7 +163,10 @@ class _SquaredSums(_Sums):
 
     def __init__(self, z: Tensor, table: Tensor, temperature: Tensor | float, want_row_sum: bool) -> None:
         super().__init__(z, table, temperature, want_row_sum)
-        self.scaled, self.bias = table * (2 / temperature), self.norms / -temperature
+        # What makes logits of a latent and a one: the bias is a column of its own.
+        self.right = table.new_empty(table.shape[0], table.shape[1] + 1)
+        torch.mul(table, 2 / temperature, out=self.right[:, :-1])
+        torch.div(self.norms, -temperature, out=self.right[:, -1])
         self.columns = table.new_zeros(table.shape[0], table.shape[1] + 2)
 
     def add(
@@ -171,7 +174,7 @@ class _SquaredSums(_Sums):
     ) -> tuple[Tensor, Tensor]:
         """See `_Sums.add`."""
         z, squares = self.z[block], self.squares[block]
-        logits = torch.addmm(self.bias, z, self.scaled.t(), out=first)
+        logits = torch.addmm(self.right[:, -1], z, self.right[:, :-1].t(), out=first)
         weight = torch.softmax(logits, 1, out=second)
         self.lse[block] = logits.amax(1) - weight.amax(1).log() - squares / self.temperature
         # Weights next to nothing would make the matrix products slow: their products are denormal numbers.
@@ -203,9 +206,8 @@ class _CompiledSums(_SquaredSums):
 
     def __init__(self, z: Tensor, table: Tensor, temperature: Tensor | float, want_row_sum: bool) -> None:
         super().__init__(z, table, temperature, want_row_sum)
-        # The bias is a column of its own: adding it would be one more pass over the logits.
+        # With the ones in the product, adding the bias is no pass of its own over the logits.
         self.left = torch.cat([z, torch.ones_like(z[:, :1])], 1)
-        self.right = torch.cat([self.scaled, self.bias.unsqueeze(1)], 1)
 
     def add(
         self, block: slice, row: Tensor, winner: Tensor, losers: bool, first: Tensor, second: Tensor
