@@ -124,15 +124,17 @@ def test_it_does_not_depend_on_the_batch_or_the_number_of_threads() -> None:
         torch.set_num_threads(before)
 
 
+# Inputs near the ends of float32 are not packed.
+PACKED = [case for case, make in CASES.items() if rounding.exponent_of(*make()) in native._EXPONENTS]
+
+
 @pytest.mark.skipif(not LIBRARY.bfloat16, reason="no bfloat16 products")
 @pytest.mark.parametrize("dot", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PACKED)
 def test_scores_in_bfloat16_are_lower_bounds(case: str, dot: bool) -> None:
     """Of the operands as they are packed, in exact arithmetic, against the exact scores of the exact inputs."""
     z, table = (t.float().contiguous() for t in CASES[case]())
     exponent = rounding.exponent_of(z, table)
-    if exponent not in native._EXPONENTS:
-        pytest.skip("such inputs are not packed")
     prepared = native._prepare(LIBRARY, z, table, exponent, dot, True)
     _, _, _, tiles, packed, _, starts, centre, slack = (t.double() for t in prepared.tensors)
     (n, d), k, width = z.shape, len(table), LIBRARY.call("bfloat16_width", z.shape[1])
