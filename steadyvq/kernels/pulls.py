@@ -43,7 +43,7 @@ def _pull(
         centre = table.to(dtype).mean(0)
         z, codes, row = z.to(dtype) - centre, table.to(dtype) - centre, row_weight.to(dtype)
         norms = codes.square().sum(1)
-        cost, mass, sums = torch.zeros_like(row), torch.zeros_like(norms), torch.zeros_like(codes)
+        cost, mass, sums = torch.zeros_like(row), torch.zeros_like(norms), codes.new_zeros(codes.shape[::-1])
         step = rows_per_block(codes)
         for top in range(0, z.shape[0], step):
             block = slice(top, top + step)
@@ -58,8 +58,8 @@ def _pull(
             cost[block] = (weight * distance).sum(1)
             weight.mul_(row[block].unsqueeze(1))
             mass.add_(weight.sum(0))
-            sums.addmm_(weight.t(), z[block])
-    return cost, mass.unsqueeze(1) * codes - sums, mass
+            sums.addmm_(z[block].t(), weight)
+    return cost, mass.unsqueeze(1) * codes - sums.t(), mass
 
 
 @_pull.register_fake

@@ -67,7 +67,8 @@ class _Scores:
             self.z, self.table = self.z - centre, self.table - centre
         self.alpha = 1.0 if dot else 2.0
         self.bias = torch.zeros_like(self.table[:, 0]) if dot else -self.table.square().sum(1)
-        self.grad_z, self.grad_table = torch.zeros_like(self.z), torch.zeros_like(self.table)
+        self.grad_z, self._sums = torch.zeros_like(self.z), self.table.new_zeros(self.table.shape[::-1])
+        self._mass = torch.zeros_like(self.bias)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, their scores (R, K)), l without |z|^2."""
@@ -79,9 +80,15 @@ class _Scores:
     def send_back(self, block: slice, grad: Tensor) -> None:
         """Adds the gradient of a block's scores (R, K), whose rows sum to 0, to those of latents and codes."""
         self.grad_z[block] = self.alpha * (grad @ self.table)
-        self.grad_table.addmm_(grad.t(), self.z[block], alpha=self.alpha)
+        # Transposed, the product reads the gradient as it lies, which is a third quicker.
+        self._sums.addmm_(self.z[block].t(), grad, alpha=self.alpha)
         if not self.dot:
-            self.grad_table.addcmul_(grad.sum(0).unsqueeze(1), self.table, value=-self.alpha)
+            self._mass.add_(grad.sum(0))
+
+    @property
+    def grad_table(self) -> Tensor:
+        """(K, d) gradient of the codes."""
+        return self._sums.t().contiguous().addcmul_(self._mass.unsqueeze(1), self.table, value=-self.alpha)
 
 
 @torch.library.custom_op("steadyvq::one_hot_carrier", mutates_args=())

