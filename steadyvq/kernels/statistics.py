@@ -273,10 +273,10 @@ def _kind(z: Tensor, table: Tensor, squared: bool, compiled: bool | None) -> typ
 
 
 def _soft_rows(table: Tensor) -> int:
-    """Latents per block: buffers of 4 MB in float32 on a CPU; more where 128 rows need it, up to 64 MB.
+    """Latents per block: buffers of 4 MB in float32 on a CPU; more where 128 rows need it, up to 64 MB, and 64 rows always.
 
     Every block goes once over the sums of all codes, so that few rows make the sums the larger part of the work.
     """
     area, most = (1 << 20, 1 << 24) if table.device.type == "cpu" else (1 << 24, 1 << 28)
     codes = table.shape[0]
-    return max(16, min(512, max(area // codes, min(128, most // codes))))
+    return max(64, min(512, max(area // codes, min(128, most // codes))))

@@ -34,7 +34,7 @@ MOST_DIMENSIONS = 4096
 
 _GROUP = 16
 # Groups per bundle: wide bundles make few minima but many codes to look at again. (up to K, bundle); multiples of a panel.
-_BUNDLES = ((4096, 8), (math.inf, 16))
+_BUNDLES = ((65536, 8), (math.inf, 16))
 # Latents whose minima are kept at a time, in tiles; a few MB at K = 65,536.
 _TILES_PER_BLOCK = 32
 # Powers of two that bring inputs to a common scale: one float32 factor, and sums of codes do not overflow before it. Inputs
