@@ -77,7 +77,9 @@ def measure(quick: bool, say: Callable[[str], None]) -> list[dict[str, Any]]:
         for kind, z, codes in inputs(n, k, d, quick):
             found = kernels.nearest(z, codes)[0]
             for name, rival in rivals(z, codes):
-                row = compared(lambda z=z, codes=codes: kernels.nearest(z, codes), rival, 5 if quick else 30)
+                row = compared(
+                    lambda z=z, codes=codes: kernels.nearest(z, codes), rival, 5 if quick else 30, most_seconds=10
+                )
                 agree = (rival() == found).double().mean().item()
                 rows.append({"size": [n, k, d], "input": kind, "rival": name, **row, "floor_ms": floor, "agree": agree})
                 say(line(rows[-1]))
