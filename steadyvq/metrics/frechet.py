@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distances between two sets of images by the features of a network: Frechet distance and kernel distance.
 
-They know no network: whoever calls gives features, one row per image. What a distance is called depends on the network, and numbers of
-different networks have nothing to do with each other.
+They know no network: whoever calls gives features, one row per image. What a distance is called depends on the
+network, and numbers of different networks have nothing to do with each other.
 
-Sources: Heusel et al., arXiv 1706.08500, equation 6 (Frechet distance); Binkowski et al., arXiv 1801.01401, section 4 (kernel
-distance, kernel (x.y / d + 1)^3); Gretton et al., JMLR 13 (2012), equations 3 and 4 (unbiased estimates for two samples and
-for pairs).
+Sources: Heusel et al., arXiv 1706.08500, equation 6 (Frechet distance); Binkowski et al., arXiv 1801.01401, section 4
+(kernel distance, kernel (x.y / d + 1)^3); Gretton et al., JMLR 13 (2012), equations 3 and 4 (unbiased estimates for
+two samples and for pairs).
 """
 
 import math
@@ -24,7 +24,8 @@ _BLOCK = 512
 class FeatureStatistics:
     """Mean and covariance of features, batch by batch, in float64; no feature is kept.
 
-    Batches are merged by their means and sums of squares about them (Chan et al. 1979), so a large mean costs no digits.
+    Batches are merged by their means and sums of squares about them (Chan et al. 1979), so a large mean costs no
+    digits.
 
     Args:
         num_features: Length of a feature vector, d.
@@ -87,8 +88,8 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
 
         d^2 = |m_1 - m_2|^2 + tr(S_1) + tr(S_2) - 2 tr((S_1 S_2)^(1/2))
 
-    The last trace is the sum of the singular values of S_1^(1/2) S_2^(1/2): a root of a product that is not symmetric, which
-    loses digits where a covariance is singular, is never taken.
+    The last trace is the sum of the singular values of S_1^(1/2) S_2^(1/2): a root of a product that is not symmetric,
+    which loses digits where a covariance is singular, is never taken.
     """
     means = (first.mean - second.mean).square().sum()
     a, b = first.covariance, second.covariance
@@ -101,7 +102,7 @@ def _root(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     noise = values[-1].clamp_min(0.0) * len(values) * torch.finfo(values.dtype).eps
     roots = torch.where(values > noise, values, 0.0).sqrt()
-    return (vectors * roots) @ vectors.T
+    return torch.matmul(vectors * roots, vectors.T)
 
 
 @dataclass(frozen=True)
@@ -139,11 +140,12 @@ def paired_kernel_distance(
 
         mean_{i != j} k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i)
 
-    It is 0 for identical sets. The estimate for independent samples also counts k(x_i, y_i), which is larger than other terms for no
-    other reason than that y_i was made of x_i, and falls below 0 for good reconstructions, the more so the fewer images there are.
+    It is 0 for identical sets. The estimate for independent samples also counts k(x_i, y_i), which is larger than
+    other terms for no other reason than that y_i was made of x_i, and falls below 0 for good reconstructions, the more
+    so the fewer images there are.
 
-    The interval leaves out one photograph at a time (jackknife): crops of one are not independent, and drawing images twice, as a
-    bootstrap does, would put k(x_i, x_i) back in.
+    The interval leaves out one photograph at a time (jackknife): crops of one are not independent, and drawing images
+    twice, as a bootstrap does, would put k(x_i, x_i) back in.
 
     Source: Gretton et al. 2012, equation 4.
 
@@ -189,7 +191,7 @@ def _kernel_of_pairs(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _kernel_sum(x: Tensor, y: Tensor) -> float:
-    return sum(float(_kernel(rows, y).sum()) for rows in x.split(_BLOCK))
+    return math.fsum(float(_kernel(rows, y).sum()) for rows in torch.split(x, _BLOCK))
 
 
 def _pair_sums(
@@ -197,7 +199,7 @@ def _pair_sums(
 ) -> tuple[Float[Tensor, "G"], Float[Tensor, "G"]]:
     """Sums of h_ij over j != i by the group of i, and over those j that are in the group of i too."""
     sums, inner = (torch.zeros(groups, dtype=torch.float64) for _ in range(2))
-    for rows in torch.arange(len(x)).split(_BLOCK):
+    for rows in torch.split(torch.arange(len(x)), _BLOCK):
         terms = _kernel(x[rows], x) + _kernel(y[rows], y) - _kernel(x[rows], y) - _kernel(y[rows], x)
         terms[torch.arange(len(rows)), rows] = 0.0
         sums.index_add_(0, group[rows], terms.sum(1))
@@ -227,8 +229,8 @@ class FeatureReport:
 class FeatureDistance:
     """Accumulates the features of originals and reconstructions over batches.
 
-    The Frechet distance keeps sums alone. The kernel distance needs the features, and keeps those of `kernel_limit` images that are
-    spread evenly over all.
+    The Frechet distance keeps sums alone. The kernel distance needs the features, and keeps those of `kernel_limit`
+    images that are spread evenly over all.
 
     Args:
         num_features: Length of a feature vector.

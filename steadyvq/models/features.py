@@ -46,6 +46,11 @@ class Judge:
     build: Callable[[], Body]
     verified: bool
 
+    @property
+    def names(self) -> list[str]:
+        """Of both distances, in records."""
+        return [self.frechet[1], self.kernel[1]]
+
 
 JUDGES = {
     "inception": Judge(
