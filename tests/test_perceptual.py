@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from steadyvq.data import load_image, to_float
 from steadyvq.data.mvtb import mvtb_files
 from steadyvq.models import LPIPS, load_lpips, perceptual_weights
-from steadyvq.models.perceptual import CLASSIFIERS, _full_precision
+from steadyvq.models.perceptual import CLASSIFIERS, full_precision
 from steadyvq.models.perceptual_weights import MissingWeights, digest, read_arrays
 
 NETS = ("alex", "vgg")
@@ -222,10 +222,10 @@ def test_convolutions_on_a_gpu_are_exact_and_the_setting_is_put_back(before):
     original = conv.fp32_precision
     try:
         conv.fp32_precision = before
-        with _full_precision(torch.device("cuda")):
+        with full_precision(torch.device("cuda")):
             assert conv.fp32_precision == "ieee"
         assert conv.fp32_precision == before
-        with _full_precision(torch.device("cpu")):
+        with full_precision(torch.device("cpu")):
             assert conv.fp32_precision == before
     finally:
         conv.fp32_precision = original

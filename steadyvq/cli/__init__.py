@@ -112,6 +112,16 @@ def _add_use(commands: "argparse._SubParsersAction[Parser]") -> None:
     evaluate.add_argument(
         "--lpips-weights", type=Path, metavar="PATH", help="a file or folder with the weights of LPIPS"
     )
+    evaluate.add_argument(
+        "--fd", action="store_true", help="also Frechet and kernel distances, by the networks whose weights are found"
+    )
+    evaluate.add_argument(
+        "--fd-weights", type=Path, metavar="PATH", help="the file of the 2015 Inception, or a folder with weights"
+    )
+    evaluate.add_argument(
+        "--self-check", action="store_true", help="with --fd: show whether the networks work as they were trained"
+    )
+    evaluate.add_argument("--against", type=Path, metavar="RECORD", help="show the difference from another evaluation")
     evaluate.add_argument("--out", type=Path, help="where the JSON record goes (default: RUN/evaluations)")
     encode = commands.add_parser("encode", help="images to tokens", allow_abbrev=False)
     encode.add_argument("run", type=Path, help="a run folder or a saved tokenizer")

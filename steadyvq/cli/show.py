@@ -9,11 +9,16 @@ from steadyvq.cli.common import check_output, say, table
 def report(arguments: argparse.Namespace) -> int:
     """Writes the report of one or several runs."""
     from steadyvq.report import comparison_table, write_report
+    from steadyvq.report.runs import read_runs
+    from steadyvq.report.table import refusal
 
     out = arguments.runs[0] / "report.html" if arguments.out is None else arguments.out
     check_output(out)
     page = write_report(arguments.runs, out)
     table(comparison_table(arguments.runs))
+    unlike = refusal(read_runs(arguments.runs))
+    if unlike:
+        say(unlike)
     say(f"report: {page}")
     return 0
 

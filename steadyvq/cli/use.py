@@ -14,6 +14,7 @@ from numpy.lib.npyio import NpzFile
 from PIL import Image
 
 from steadyvq.cli.common import check_output, open_tokenizer, say, table
+from steadyvq.cli.distances import against, alike, distances, feature_networks, notes, show_checks
 from steadyvq.data import EvaluationCrops, ImageSource, decode_image, open_photographs, open_source, to_float
 from steadyvq.data.collection import image_files, read_images
 from steadyvq.data.decode import centre_square
@@ -54,7 +55,11 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
         photographs = photographs.load(count)
     crops = EvaluationCrops(photographs, crop, count)
     perceptual, left_out = _perceptual(arguments, config, crop)
-    result = evaluate(tokenizer, crops, BATCH, perceptual)
+    networks, without = feature_networks(arguments)
+    other = None if arguments.against is None else alike(arguments.against, crops, [*perceptual, *networks])
+    if arguments.self_check:
+        show_checks(networks, crops)
+    result = evaluate(tokenizer, crops, BATCH, perceptual, networks)
     record = record_of(result, crops, config.hash() if config else "", step)
     write_record(out, record)
     m = result.metrics
@@ -62,6 +67,7 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
         "PSNR dB": f"{m['psnr']:.2f}",
         "SSIM": f"{m['ssim']:.3f}",
         **{f"LPIPS {network.net}": f"{m[f'lpips_{network.net}']:.4f}" for network in perceptual},
+        **distances(networks, m),
         "codes used": f"{m['active']}/{m['num_codes']} ({m['utilization']:.1%}; ceiling {m['ceiling']:.1%})",
         "perplexity": f"{m['perplexity']:.0f}",
         "tokens": f"{m['tokens']:,}",
@@ -70,7 +76,11 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     table([row])
     for reason in left_out:
         say(f"without LPIPS: {reason}")
+    for line in [*without, *notes(networks, m, len(crops))]:
+        say(line)
     say(f"record: {out}")
+    if other is not None:
+        against(other, record)
     return 0
 
 

@@ -3,7 +3,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ class EvaluationRecord:
         step: Optimiser step of the checkpoint.
         version: Version of the code that evaluated.
         protocol: How the numbers were computed, in one sentence.
+        conditions: All that decides whether the numbers may be compared (`steadyvq.metrics.conditions`); empty in records of
+            versions that did not write them.
+        protocol_id: A short hash of the conditions.
     """
 
     metrics: dict[str, Any]
@@ -41,6 +44,8 @@ class EvaluationRecord:
     step: int
     version: str
     protocol: str
+    conditions: dict[str, Any] = field(default_factory=dict)
+    protocol_id: str = ""
 
 
 def write_record(path: str | Path, record: EvaluationRecord) -> None:
@@ -64,8 +69,11 @@ def read_record(path: str | Path) -> EvaluationRecord:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(path)!r} is not JSON ({error}): give a file that write_record wrote") from error
     known = {entry.name for entry in fields(EvaluationRecord)}
-    if not isinstance(content, dict) or set(content) != known:
-        different = sorted(known ^ set(content)) if isinstance(content, dict) else sorted(known)
+    # Records of versions that did not write the fields with defaults are still records.
+    needed = {entry.name for entry in fields(EvaluationRecord) if entry.default_factory is entry.default is MISSING}
+    if not isinstance(content, dict) or not needed <= set(content) <= known:
+        given = set(content) if isinstance(content, dict) else set()
+        different = sorted((needed - given) | (given - known))
         raise ValueError(
             f"{str(path)!r} is not an evaluation record (missing or unknown: {', '.join(different)}): "
             "give a file that write_record wrote"

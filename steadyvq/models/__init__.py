@@ -4,6 +4,7 @@
 from steadyvq.models.adversarial import Critic, adaptive_weight, discriminator_loss, generator_loss
 from steadyvq.models.autoencoder import AUTOENCODERS, AutoencoderConfig, Decoder, Encoder, autoencoder_config
 from steadyvq.models.discriminator import DISCRIMINATORS, build_discriminator
+from steadyvq.models.features import FeatureNetwork, load_features
 from steadyvq.models.perceptual import LPIPS
 from steadyvq.models.perceptual_weights import load_lpips
 from steadyvq.models.tokenizer import Tokenizer
@@ -17,6 +18,7 @@ __all__ = [
     "Critic",
     "Decoder",
     "Encoder",
+    "FeatureNetwork",
     "Tokenizer",
     "VqganDecoder",
     "VqganEncoder",
@@ -25,5 +27,6 @@ __all__ = [
     "build_discriminator",
     "discriminator_loss",
     "generator_loss",
+    "load_features",
     "load_lpips",
 ]

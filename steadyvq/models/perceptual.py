@@ -151,7 +151,7 @@ class LPIPS(nn.Module):
             ValueError: The images cannot be compared.
         """
         self._check(first, second)
-        with torch.autocast(first.device.type, enabled=False), _full_precision(first.device):
+        with torch.autocast(first.device.type, enabled=False), full_precision(first.device):
             a, b = (self._features(images) for images in (first, second))
             layers = [_compare(f, g, self._weight(f"head_{i}")) for i, (f, g) in enumerate(zip(a, b, strict=True))]
             return torch.stack(layers).sum(0)
@@ -220,7 +220,7 @@ def _unit(features: Tensor) -> Tensor:
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """Convolutions on a GPU round their inputs to 10 bits by default; inside this context they do not."""
     if device.type != "cuda":
         yield

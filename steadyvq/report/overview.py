@@ -8,7 +8,9 @@ from steadyvq.report.charts import style
 from steadyvq.report.markup import Markup, join, table, tag
 from steadyvq.report.runs import Run, number
 from steadyvq.report.scales import value_label
-from steadyvq.report.table import COLUMNS, MISSING, best_runs, codes, duration, evaluated_differently, percent
+from steadyvq.report.table import COLUMNS, MISSING, best_runs, codes, duration, evaluated_differently, percent, refusal
+
+MARKED = "Marked: the best value of a column. "
 
 
 def facts(run: Run) -> Markup:
@@ -62,7 +64,8 @@ def _plain(value: float | None, form: str, unit: str = "") -> str:
 
 def final_table(runs: Sequence[Run]) -> Markup:
     """Return the final numbers of several runs, the best of each column marked."""
-    best = [best_runs(column, runs) for column in COLUMNS]
+    warning = refusal(runs)
+    best = [set[int]() if warning else best_runs(column, runs) for column in COLUMNS]
     rows = []
     for i, run in enumerate(runs):
         cells = [
@@ -70,13 +73,11 @@ def final_table(runs: Sequence[Run]) -> Markup:
             for column, winners in zip(COLUMNS, best, strict=True)
         ]
         rows.append(tag("tr", tag("th", swatch(i), run.label, _status(run), scope="row"), *cells))
-    different = evaluated_differently(runs)
-    warning = f"These runs were not measured on the same images ({', '.join(different)} differ): do not rank them."
     return join(
         tag("h2", "Final numbers"),
-        tag("p", warning, class_="warning") if different else None,
+        tag("p", warning, class_="warning") if warning else None,
         table(("run", *(column.name for column in COLUMNS)), rows),
-        tag("p", "Marked: the best value of a column. Brackets: 95 % interval over photographs.", class_="small"),
+        tag("p", f"{'' if warning else MARKED}Brackets: 95 % interval over photographs.", class_="small"),
     )
 
 

@@ -106,4 +106,17 @@ SAME_IMAGES = ("data", "split", "crop", "count", "pixels_hash")
 def evaluated_differently(runs: Sequence[Run]) -> list[str]:
     """Return what the newest records of the runs disagree on, of all that decides whether numbers may be compared."""
     records = [record for run in runs for record in run.final_records]
-    return [key for key in SAME_IMAGES if len({str(record.get(key)) for record in records}) > 1]
+    differing = [key for key in SAME_IMAGES if len({str(record.get(key)) for record in records}) > 1]
+    # Not every evaluation has every network; those that several have must be one.
+    networks = dict.fromkeys(key for record in records for key in record if key.endswith("_weights"))
+    named = {key: {str(record[key]) for record in records if key in record} for key in networks}
+    return differing + [key for key, hashes in named.items() if len(hashes) > 1]
+
+
+def refusal(runs: Sequence[Run]) -> str | None:
+    """Why the final numbers of the runs may not be ranked, in one sentence; None where they may."""
+    different = evaluated_differently(runs)
+    if not different:
+        return None
+    what = "on the same images" if set(different) & set(SAME_IMAGES) else "by the same networks"
+    return f"These runs were not measured {what} ({', '.join(different)} differ): do not rank them."

@@ -11,8 +11,10 @@ from torch import Tensor
 
 import steadyvq
 from steadyvq.data import EvaluationCrops, to_float
-from steadyvq.metrics import EvaluationRecord, ImageQuality, UsageMeter, to_uint8
+from steadyvq.metrics import EvaluationRecord, ImageQuality, UsageMeter, conditions, protocol_id, to_uint8
 from steadyvq.models import LPIPS, Tokenizer
+from steadyvq.models.features import FeatureNetwork
+from steadyvq.training.distances import FeatureDistances
 
 PROTOCOL = (
     "PSNR is the mean over images of the per-image dB on 8-bit rounded images; SSIM likewise; utilization counts codes "
@@ -29,11 +31,12 @@ class Evaluation:
     Attributes:
         metrics: psnr, psnr_low, psnr_high (dB), ssim, utilization, ceiling, active, tokens, num_codes, perplexity,
             relative_error; lpips_NET, lpips_NET_low, lpips_NET_high and lpips_NET_weights (the SHA-256 of the network's
-            weights) where LPIPS was measured.
+            weights) where LPIPS was measured; likewise rfid and kid, fd_lite0 and kid_lite0 with networks of features.
         counts: Hits per code (K,); of all tables one after the other where the quantizer has several.
         originals: Some of the evaluated images, spread evenly over all of them.
         reconstructions: What the tokenizer made of them.
         tokens: Their indices, as `Tokenizer.encode` gives them.
+        protocol: How the metrics were computed, in one sentence.
     """
 
     metrics: dict[str, Any]
@@ -41,11 +44,16 @@ class Evaluation:
     originals: UInt8[Tensor, "B 3 H W"]
     reconstructions: UInt8[Tensor, "B 3 H W"]
     tokens: Int[Tensor, "B ..."]
+    protocol: str = PROTOCOL
 
 
 @torch.no_grad()
 def evaluate(
-    tokenizer: Tokenizer, crops: EvaluationCrops, batch_size: int, perceptual: Sequence[LPIPS] = ()
+    tokenizer: Tokenizer,
+    crops: EvaluationCrops,
+    batch_size: int,
+    perceptual: Sequence[LPIPS] = (),
+    features: Sequence[FeatureNetwork] = (),
 ) -> Evaluation:
     """Reconstructs all crops and measures; the tokenizer should be in evaluation mode.
 
@@ -54,10 +62,11 @@ def evaluate(
         crops: Held-out crops.
         batch_size: Images per forward; the numbers do not depend on it.
         perceptual: Networks of LPIPS to measure with; they are moved to the tokenizer's device.
+        features: Networks to measure Frechet and kernel distances with; likewise.
     """
     device = next(tokenizer.parameters()).device
     meter = UsageMeter(tokenizer.quantizer.num_entries)
-    quality = ImageQuality()
+    quality, sets = ImageQuality(), FeatureDistances(features, len(crops), device)
     shown: list[tuple[Tensor, Tensor, Tensor]] = []
     picked = range(0, len(crops), max(1, len(crops) // SHOWN))[:SHOWN]
     error = total = squares = 0.0
@@ -66,8 +75,12 @@ def evaluate(
         reconstruction, quantized = tokenizer(images.to(device))
         reconstruction = reconstruction.clamp(-1, 1).float().cpu()
         meter.update(tokenizer.quantizer.entries(quantized.indices).cpu())
-        distances = _distances(perceptual, images, reconstruction, device)
-        quality.update(images, reconstruction, crops.photographs[start : start + len(images)], distances)
+        photographs = crops.photographs[start : start + len(images)]
+        pair = _eight_bits(images, reconstruction, device) if perceptual or features else ()
+        distances = {f"lpips_{network.net}": network.to(device)(*pair).cpu() for network in perceptual}
+        quality.update(images, reconstruction, photographs, distances)
+        if pair:
+            sets.update(*pair, photographs)
         z = quantized.assignment.z.double().cpu()
         error += float(quantized.assignment.distance.double().sum())
         squares += float(z.square().sum())
@@ -95,22 +108,22 @@ def evaluate(
         found = report.others[name]
         metrics |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
         metrics[f"{name}_weights"] = network.weights_hash
+    metrics |= sets.metrics()
+    protocol = PROTOCOL + (LPIPS_PROTOCOL if perceptual else "") + sets.protocol()
     originals, reconstructions, tokens = (torch.cat(images) for images in zip(*shown, strict=True))
-    return Evaluation(metrics, meter.counts, originals, reconstructions, tokens)
+    return Evaluation(metrics, meter.counts, originals, reconstructions, tokens, protocol)
 
 
-def _distances(
-    perceptual: Sequence[LPIPS], images: Tensor, reconstruction: Tensor, device: torch.device
-) -> dict[str, Tensor]:
-    """LPIPS of each pair of 8-bit rounded images, by name."""
-    pair = [to_float(to_uint8(part)).to(device) for part in (images, reconstruction)] if perceptual else []
-    return {f"lpips_{network.net}": network.to(device)(*pair).cpu() for network in perceptual}
+def _eight_bits(images: Tensor, reconstruction: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both rounded to 8 bits, as floats in [-1, 1] again."""
+    first, second = (to_float(to_uint8(part)).to(device) for part in (images, reconstruction))
+    return first, second
 
 
 def record_of(evaluation: Evaluation, crops: EvaluationCrops, config_hash: str, step: int) -> EvaluationRecord:
     """The evaluation as a record that names data, split, crop, count and configuration."""
     facts = crops.record
-    measured = any(name.startswith("lpips_") for name in evaluation.metrics)
+    found = conditions(int(facts["crop"]), int(facts["count"]), str(facts["hash"]), evaluation.metrics)
     return EvaluationRecord(
         metrics=evaluation.metrics,
         data=str(facts["data"]),
@@ -123,5 +136,7 @@ def record_of(evaluation: Evaluation, crops: EvaluationCrops, config_hash: str, 
         config_hash=config_hash,
         step=step,
         version=steadyvq.__version__,
-        protocol=PROTOCOL + (LPIPS_PROTOCOL if measured else ""),
+        protocol=evaluation.protocol,
+        conditions=found,
+        protocol_id=protocol_id(found),
     )
