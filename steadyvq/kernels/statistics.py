@@ -193,6 +193,7 @@ class _SquaredSums(_Sums):
         self.columns.addmm_(counted.t(), weight)
 
     def _columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        del self.right  # the logits are done with; what comes now takes its room
         total, mass, squares = self.columns[:-2].t().contiguous(), self.columns[-2], self.columns[-1]
         cost = squares + self.norms * mass - 2 * torch.linalg.vecdot(self.table, total)
         return mass.clone(), mass.clone(), total, cost.clamp_(min=0.0)
