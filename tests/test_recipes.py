@@ -3,6 +3,7 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from steadyvq.training.run import differences
 from steadyvq.training.stages import Schedule
 from steadyvq.training.tokenizer_task import quantizer_of, training_crops
 
+ROOT = Path(__file__).parent.parent
 IMAGENET = 1_281_167
 
 # crop, tokens, K, d, epochs, batch, learning rate, betas. From NSVQ, arXiv 2606.11363, table 1 and text; README and
@@ -99,20 +101,36 @@ def test_vqgan_lc_warms_up_for_five_epochs():
     assert config.optim.warmup_steps == pytest.approx(5 * IMAGENET / config.batch_size, abs=1)
 
 
+def resolved(line: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    """What a command of a cluster would train: every process gets its words behind `python -m steadyvq train`."""
+    words = shlex.split(line[line.index("scripts/") :])
+    assert words[0] in ("scripts/torchrun.sh", "scripts/slurm.sh")
+    words[words.index("--data") + 1] = str(photos)
+    assert main(["train", words[1], "--out", words[2], *words[3:], "--dry-run"]) == 0, line
+    shown: dict[str, object] = yaml.safe_load(capsys.readouterr().out)
+    assert shown["data"]["source"] == str(photos)
+    return {**shown, "recipe": words[1]}
+
+
 @pytest.mark.parametrize("name", FACTS)
 def test_the_commands_of_a_recipe_resolve(name, photos, capsys):
-    """As on a cluster: every process gets these words behind `python -m steadyvq train`."""
     lines = [line.removeprefix("#   ") for line in text_of(name).splitlines() if line.startswith("#   ")]
     assert lines
     for line in lines:
-        words = shlex.split(line)
-        assert words[:2] == ["scripts/torchrun.sh", name], line
-        place = words.index("--data") + 1
-        words[place] = str(photos)
-        assert main(["train", words[1], "--out", words[2], *words[3:], "--dry-run"]) == 0, line
-        shown = yaml.safe_load(capsys.readouterr().out)
-        assert shown["data"]["source"] == str(photos)
-        assert shown["title"] == name
+        shown = resolved(line, photos, capsys)
+        assert shown["title"] == shown["recipe"] == name
+
+
+def test_the_commands_of_the_page_resolve(photos, capsys):
+    lines = [line for line in (ROOT / "docs" / "recipes.md").read_text().splitlines() if " scripts/" in f" {line}"]
+    commands = [line for line in lines if line.startswith(("scripts/", "sbatch "))]
+    assert len(commands) == 2
+    for line in commands:
+        assert resolved(line, photos, capsys)["title"] == "nsvq_imagenet128"
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_a_recipe_says_where_its_values_come_from(name):
     for label in LABELS:
         assert len(said(name, label)) > 10, label
     assert re.search("open by|^# Ours", text_of(name), re.MULTILINE)
