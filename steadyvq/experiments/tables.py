@@ -18,6 +18,7 @@ from typing import Any
 
 from steadyvq.experiments import performance
 from steadyvq.experiments.markdown import markdown
+from steadyvq.experiments.recipes import recipe_table, size_table
 from steadyvq.experiments.verdict import comparison_table, notes
 from steadyvq.quantizers import methods
 
@@ -115,6 +116,8 @@ def performance_table(group: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "methods": method_table,
     "compare": compare_table,
+    "recipes": recipe_table,
+    "recipe-sizes": size_table,
     "exemptions": exemption_table,
     "demo": demo_table,
     "collapse": partial(arms_table, "collapse"),

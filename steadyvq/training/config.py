@@ -33,6 +33,8 @@ class DataConfig:
         source: `mvtb` (the photographs of the package mvtb-data, split by scene), a folder of images, or a folder of
             shards written by `steadyvq data shard`.
         crop_size: Side of the training crops in pixels.
+        min_scale: Crops come from regions this many times larger or more, as far as a photograph is large enough. 1000 for
+            both makes the whole shorter side the crop's; in evaluations photographs are shrunk by `min_scale` first.
         max_scale: Crops come from regions up to this many times larger, shrunk to `crop_size`.
         flip: Mirror half of the training crops.
         epoch_samples: Crops in one epoch (None: as many as there are training photographs; `steadyvq train` counts them).
@@ -48,6 +50,7 @@ class DataConfig:
 
     source: str = "mvtb"
     crop_size: int = 32
+    min_scale: float = 1.0
     max_scale: float = 4.0
     flip: bool = True
     epoch_samples: int | None = 1600
@@ -61,6 +64,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"data.workers is {self.workers}, but it is a number of processes, at least 0, or null")
+        if not 1 <= self.min_scale <= self.max_scale:
+            raise ValueError(
+                f"data.min_scale is {self.min_scale} and max_scale {self.max_scale}, but 1 <= min_scale <= max_scale is needed"
+            )
         if not 0 <= self.test_fraction < 0.9:
             raise ValueError(f"data.test_fraction is {self.test_fraction}, but it is a share in [0, 0.9)")
 

@@ -29,9 +29,10 @@ class Evaluation:
     """What one evaluation found.
 
     Attributes:
-        metrics: psnr, psnr_low, psnr_high (dB), ssim, utilization, ceiling, active, tokens, num_codes, perplexity,
-            relative_error; lpips_NET, lpips_NET_low, lpips_NET_high and lpips_NET_weights (the SHA-256 of the network's
-            weights) where LPIPS was measured; likewise rfid and kid, fd_lite0 and kid_lite0 with networks of features.
+        metrics: psnr, psnr_low, psnr_high (dB), ssim, l1 (mean absolute error on the scale of [-1, 1]), utilization, ceiling,
+            active, tokens, num_codes, perplexity, relative_error; lpips_NET, lpips_NET_low, lpips_NET_high and
+            lpips_NET_weights (the SHA-256 of the network's weights) where LPIPS was measured; likewise rfid and kid, fd_lite0
+            and kid_lite0 with networks of features.
         counts: Hits per code (K,); of all tables one after the other where the quantizer has several.
         originals: Some of the evaluated images, spread evenly over all of them.
         reconstructions: What the tokenizer made of them.
@@ -69,11 +70,12 @@ def evaluate(
     quality, sets = ImageQuality(), FeatureDistances(features, len(crops), device)
     shown: list[tuple[Tensor, Tensor, Tensor]] = []
     picked = range(0, len(crops), max(1, len(crops) // SHOWN))[:SHOWN]
-    error = total = squares = 0.0
+    error = total = squares = absolute = 0.0
     sums = torch.zeros(tokenizer.quantizer.dim, dtype=torch.float64)
     for start, images in zip(range(0, len(crops), batch_size), crops.batches(batch_size), strict=True):
         reconstruction, quantized = tokenizer(images.to(device))
         reconstruction = reconstruction.clamp(-1, 1).float().cpu()
+        absolute += float((reconstruction - images).abs().mean(dim=(1, 2, 3), dtype=torch.float64).sum())
         meter.update(tokenizer.quantizer.entries(quantized.indices).cpu())
         photographs = crops.photographs[start : start + len(images)]
         pair = _eight_bits(images, reconstruction, device) if perceptual or features else ()
@@ -95,6 +97,7 @@ def evaluate(
         "psnr_low": report.psnr.low,
         "psnr_high": report.psnr.high,
         "ssim": report.ssim.mean,
+        "l1": absolute / len(crops),
         "utilization": usage.utilization,
         "ceiling": usage.ceiling,
         "active": usage.active,

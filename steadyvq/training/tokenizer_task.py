@@ -103,7 +103,7 @@ def with_counted_epoch(config: RunConfig, photographs: Collection | ImageSource)
 def training_crops(config: RunConfig, photographs: Collection | ImageSource) -> CropDataset | StreamedCrops:
     """The crops that a configuration trains on."""
     data, chosen = config.data, photographs.split("train")
-    scales = (1.0, data.max_scale)
+    scales = (data.min_scale, data.max_scale)
     if isinstance(chosen, ImageSource):
         return StreamedCrops(chosen, CropRule(data.crop_size, scales, data.flip), config.epoch_samples, config.seed)
     return CropDataset(chosen, data.crop_size, config.epoch_samples, config.seed, scales, data.flip)
@@ -114,7 +114,7 @@ def evaluation_crops(config: RunConfig, photographs: Collection | ImageSource) -
     data, chosen = config.data, photographs.split(config.data.eval_split)
     if isinstance(chosen, ImageSource):
         chosen = chosen.load(data.eval_crops)
-    return EvaluationCrops(chosen, data.crop_size, data.eval_crops)
+    return EvaluationCrops(chosen, data.crop_size, data.eval_crops, scale=data.min_scale)
 
 
 def load_perceptual(config: RunConfig) -> LPIPS | None:
