@@ -3,8 +3,9 @@
 
     python -m steadyvq.experiments.transplant                    # three seeds, writes docs/evidence/transplant.json
 
-For every seed three runs on the same photographs and the architecture of the quickstart: `source` with 1,024 codes; `scratch` with
-4,096 codes for as many steps; `transplant`, 4,096 fresh codes inside the source's encoder and decoder, for a quarter of the steps.
+For every seed three runs on the same photographs and the architecture of the quickstart: `source` with 1,024 codes; `scratch`
+with 4,096 codes for as many steps; `transplant`, 4,096 fresh codes in the source's encoder and decoder, for a quarter of the
+steps.
 Finished runs are kept, so an interrupted experiment goes on where it was.
 """
 

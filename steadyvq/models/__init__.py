@@ -6,7 +6,7 @@ from steadyvq.models.autoencoder import AUTOENCODERS, AutoencoderConfig, Decoder
 from steadyvq.models.discriminator import DISCRIMINATORS, build_discriminator
 from steadyvq.models.perceptual import LPIPS
 from steadyvq.models.perceptual_weights import load_lpips
-from steadyvq.models.tokenizer import Tokenizer
+from steadyvq.models.tokenizer import Tokenizer, save_autoencoder
 from steadyvq.models.vqgan import VqganDecoder, VqganEncoder
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "discriminator_loss",
     "generator_loss",
     "load_lpips",
+    "save_autoencoder",
 ]

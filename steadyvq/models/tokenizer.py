@@ -183,14 +183,7 @@ class Tokenizer(nn.Module):
                 "this tokenizer was put together by hand, so its size cannot be written down: make it with "
                 "Tokenizer.build, or save its state_dict."
             )
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"format": FORMAT, "autoencoder": asdict(self.config), "quantizer": self.quantizer.spec}
-        text = json.dumps(config, indent=2) + "\n"
-        # safetensors refuses tensors that share memory, which tied parameters do: each gets a copy of its own.
-        state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.state_dict().items()}
-        write_atomically(folder / WEIGHTS_FILE, lambda path: _save_weights(state, path))
-        write_text(folder / CONFIG_FILE, text)
+        _write(folder := Path(folder), self.config, self.quantizer.spec, self.state_dict())
         return folder
 
     @classmethod
@@ -227,6 +220,48 @@ class Tokenizer(nn.Module):
                 f"images are {shape[2]}x{shape[3]}, but both sides must be multiples of the downsampling "
                 f"{self.downsampling}: crop or resize them."
             )
+
+
+def save_autoencoder(
+    folder: str | os.PathLike[str],
+    config: AutoencoderConfig,
+    encoder: Encoder | VqganEncoder,
+    decoder: Decoder | VqganDecoder,
+) -> Path:
+    """Write an autoencoder without a quantizer, for `steadyvq transplant` to put one inside.
+
+    Args:
+        folder: is made if it is not there.
+        config: the size that both were built with, `config.build()`.
+        encoder: images to latents.
+        decoder: latents to images.
+
+    Raises:
+        ValueError: the two are not of this size.
+    """
+    folder = Path(folder)
+    parts = {"encoder": encoder, "decoder": decoder}
+    with torch.device("meta"):
+        sized = dict(zip(parts, config.build(), strict=True))
+    state = _prefixed(parts)
+    check_fit(_prefixed(sized), state, folder)
+    _write(folder, config, None, state)
+    return folder
+
+
+def _prefixed(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    return {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
+
+
+def _write(
+    folder: Path, size: AutoencoderConfig, quantizer: Mapping[str, Any] | None, state: Mapping[str, Tensor]
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format": FORMAT, "autoencoder": asdict(size), "quantizer": quantizer}, indent=2) + "\n"
+    # safetensors refuses tensors that share memory, which tied parameters do: each gets a copy of its own.
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    write_atomically(folder / WEIGHTS_FILE, lambda path: _save_weights(copies, path))
+    write_text(folder / CONFIG_FILE, text)
 
 
 def _save_weights(state: dict[str, Tensor], path: Path) -> None:

@@ -5,6 +5,7 @@ Nothing here trains: the result is an ordinary run whose first stage freezes enc
 encoder (VQ-Transplant, ICLR 2026), started from the weights of the source.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,8 +16,7 @@ from torch import Tensor
 
 from steadyvq.models import AutoencoderConfig
 from steadyvq.models.tokenizer import WEIGHTS_FILE, read_config
-from steadyvq.quantizers import Quantizer, list_quantizers
-from steadyvq.quantizers.names import look_up
+from steadyvq.quantizers import Quantizer
 from steadyvq.training.checkpoint import load_checkpoint
 from steadyvq.training.config import DataConfig, RunConfig, read_recipe, resolve, with_absolute_paths
 from steadyvq.training.run import RunFolder
@@ -110,6 +110,8 @@ def plan(
     if num_codes is not None:
         chosen["num_codes"] = num_codes
     settings["quantizer"] = chosen
+    if source.data is not None and source.data.epoch_samples is not None:
+        settings["batch_size"] = min(settings.get("batch_size", RunConfig.batch_size), source.data.epoch_samples)
     overrides: dict[str, Any] = {"data": {"source": data}} if data else {}
     config = resolve(settings, sets, {**overrides, "init_from": str(path), "init_parts": "autoencoder"})
     return _fitted(with_absolute_paths(config), source, asked)
@@ -145,8 +147,6 @@ def _new_quantizer(config: RunConfig, source: Source) -> Quantizer:
         raise ValueError(
             f"the number of codes is {settings.num_codes}, but a codebook needs at least 1: pass --codes K"
         )
-    if ":" not in settings.name:
-        look_up("quantizer", settings.name, dict.fromkeys(list_quantizers()))
     around = (
         f"a method of other features goes inside one that projects: --quantizer projected --set quantizer.options.inner="
         f"{settings.name} --set quantizer.options.inner_dim=N"
@@ -159,7 +159,7 @@ def _new_quantizer(config: RunConfig, source: Source) -> Quantizer:
     try:
         return quantizer_of(config)
     except ValueError as error:
-        if "dim" not in str(error):
+        if not re.search(r"\bdim\b", str(error)):
             raise
         raise ValueError(
             f"{str(error).rstrip('.')}; here quantizer.dim is that of the latents of {source.path}, {source.dim}, which "
