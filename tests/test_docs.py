@@ -101,6 +101,9 @@ def test_every_command_runs(photos, steadyvq_command, tmp_path):
         elif words[1] == "compare":
             one = [*words[1:], "--methods", "vq", "--seeds", "1", *sets[:-4], "--out", f"runs/compare{len(seen)}"]
             done = steadyvq_command(*one, "--data", "my_photos", cwd=folder)
+        elif words[1] == "transplant":
+            more = ["--set", "batch_size=8", "--set", "quantizer.init_samples=16", "--set", "data.crop_size=32"]
+            done = steadyvq_command(*words[1:], *sets, *more, cwd=folder)
         elif words[1] == "train" and "--resume" not in words:
             extra = [] if "--out" in words else ["--out", f"runs/{len(seen)}"]
             done = steadyvq_command(*words[1:], *sets, *extra, cwd=folder)

@@ -182,7 +182,7 @@ def test_projections_exist_only_where_the_sizes_differ():
 def test_parts_hold_every_parameter_once_and_pre_quant_with_the_encoder():
     tokenizer = tiny(5)
     parts = tokenizer.parts()
-    assert set(parts) == {"encoder", "quantizer", "decoder"}
+    assert set(parts) == {"encoder", "quantizer", "rectifier", "decoder"}
     held = [id(p) for modules in parts.values() for module in modules for p in module.parameters()]
     assert sorted(held) == sorted(id(p) for p in tokenizer.parameters())
     for module in parts["encoder"]:

@@ -6,6 +6,7 @@
     steadyvq train quickstart --data DIR            a tokenizer for your images
     steadyvq train quickstart --set optim.lr=3e-4   one setting changed
     steadyvq train --resume runs/quickstart         go on after an interruption
+    steadyvq transplant runs/quickstart --codes 4096    a new codebook inside a trained tokenizer
     steadyvq import vqgan.ckpt tokenizer            somebody else's tokenizer as one of ours
 
 Only the parser is imported here: torch is loaded by the command that needs it, so `--help` is instant.
@@ -54,6 +55,7 @@ def build_parser() -> Parser:
     _add_demo(commands)
     _add_compare(commands)
     _add_train(commands)
+    _add_transplant(commands)
     _add_use(commands)
     _add_exchange(commands)
     _add_data(commands)
@@ -95,8 +97,29 @@ def _add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     train.add_argument("--quantizer", metavar="NAME", help="a method (`steadyvq list`) or file.py:function")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; repeatable")
     train.add_argument("--init-from", type=Path, metavar="RUN", help="start from the weights of a run or checkpoint")
+    train.add_argument(
+        "--train", choices=("all", "decoder", "codebook"), help="what learns after --init-from (default: all of it)"
+    )
     train.add_argument("--resume", type=Path, metavar="RUN", help="continue an interrupted run")
     train.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+
+
+def _add_transplant(commands: "argparse._SubParsersAction[Parser]") -> None:
+    transplant = commands.add_parser(
+        "transplant", help="a new quantizer inside a trained encoder and decoder", allow_abbrev=False
+    )
+    transplant.add_argument("tokenizer", type=Path, help="a run folder, a checkpoint or a saved tokenizer")
+    transplant.add_argument("--quantizer", metavar="NAME", help="the new method (default: the recipe's, nsvq)")
+    transplant.add_argument("--codes", type=int, metavar="K", help="its number of codes (default: the recipe's, 4096)")
+    transplant.add_argument("--data", help="a folder of images, or mvtb (default: those of the run)")
+    transplant.add_argument("--out", type=Path, help="the run folder (default: runs/transplant)")
+    transplant.add_argument(
+        "--recipe", default="transplant", help="stages and rates (default: transplant), or a YAML file"
+    )
+    transplant.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; repeatable"
+    )
+    transplant.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
 
 
 def _add_use(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -251,6 +274,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from steadyvq.cli.train import train
 
         return train(arguments)
+    if arguments.command == "transplant":
+        from steadyvq.cli.transplant import transplant
+
+        return transplant(arguments)
     if arguments.command == "data":
         from steadyvq.cli.data import data
 

