@@ -315,7 +315,7 @@ class TestPartialTraining:
             (("train", "--resume", "SOURCE", "--train", "decoder"), "no weights to start from"),
             (
                 ("train", "RECIPE", "--init-from", "SOURCE", "--train", "codebook", "--quantizer", "ema"),
-                "by no gradient",
+                "freezes everything there is for a gradient to train",
             ),
         ],
     )
@@ -324,6 +324,6 @@ class TestPartialTraining:
         names = {"RECIPE": str(source.parent / "tiny.yaml"), "SOURCE": str(source)}
         assert command(*(names.get(word, word) for word in words)) == 2
         told = capsys.readouterr().err
-        assert message in told
-        assert told.count("\n") == 1
+        (sentence,) = (line for line in told.splitlines() if line.startswith("steadyvq"))
+        assert message in sentence
         assert not (tmp_path / "runs").exists()
