@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from itertools import pairwise
@@ -516,6 +517,25 @@ def test_the_death_of_a_worker_is_told_in_a_sentence(shards, tmp_path):
     assert "Traceback" not in said
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     assert_all_gone(workers)
+
+
+def test_a_worker_that_dies_while_it_sends_is_told_in_the_same_sentence(shards):
+    feed = CropFeed(streamed(shards), 1)
+    feed.announce([Request(0, range(4)), Request(0, range(4, 8))])
+    feed.batch(0, range(4))
+    (worker,) = children(os.getpid())
+    whole = feed._pieces
+    assert whole is not None
+
+    def torn():
+        # The pipe breaks first, and the signal of the death comes later.
+        threading.Timer(0.3, os.kill, (worker, signal.SIGKILL)).start()
+        raise ConnectionResetError(104, "Connection reset by peer")
+        yield
+
+    feed._pieces = torn()
+    with pytest.raises(OSError, match="a worker process that prepares batches has ended"):
+        feed.batch(0, range(4, 8))
 
 
 @pytest.mark.recovery

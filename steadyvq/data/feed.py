@@ -21,6 +21,9 @@ from steadyvq.data.stream import Faults, Piece, StreamedCrops
 AHEAD = 4
 """Batches that each worker holds ready."""
 
+SIGNALLED_WITHIN = 5.0
+"""Seconds in which the system tells a process that a child of it has died."""
+
 
 class Request(NamedTuple):
     """A batch that training will ask for: consecutive positions of an epoch."""
@@ -135,7 +138,13 @@ class CropFeed:
 
     def _next(self, pieces: Iterator[Piece | str]) -> Piece | None:
         with self._naming_the_dead():
-            piece = next(pieces, None)
+            try:
+                piece = next(pieces, None)
+            except (ConnectionError, EOFError):
+                # A worker died in the middle of sending. The signal of its death is still to come: waited for here, since
+                # it would otherwise strike wherever this error has got to by then.
+                time.sleep(SIGNALLED_WITHIN)
+                raise
         if isinstance(piece, str):
             raise ValueError(piece)
         return piece
