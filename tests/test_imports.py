@@ -87,6 +87,14 @@ def test_the_four_lines_load_no_training_library():
     assert not loaded_by("import steadyvq; steadyvq.build_quantizer('nsvq', num_codes=8, dim=4)") & heavy
 
 
+def test_using_a_tokenizer_loads_no_launcher_of_processes():
+    """They take longer to import than torch, and every `eval`, `encode`, `decode` and refusal would wait for them."""
+    assert not loaded_by("import steadyvq.cli.use, steadyvq.training.tokenizer_task") & {
+        "lightning_fabric",
+        "torchmetrics",
+    }
+
+
 def test_every_file_names_its_licence():
     for file in [*PACKAGE.rglob("*.py"), *Path(__file__).parent.rglob("*.py")]:
         assert file.read_text().startswith("# SPDX-License-Identifier: Apache-2.0"), file

@@ -16,9 +16,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning_fabric import Fabric
-from lightning_fabric.strategies.ddp import DDPStrategy
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,6 +63,11 @@ class Processes:
     """
 
     def __init__(self, precision: Any = "32-true") -> None:
+        # Importing it takes longer than torch itself, and evaluation, encoding and every refusal do without.
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies.ddp import DDPStrategy
+        from lightning_fabric.utilities.exceptions import MisconfigurationException
+
         devices, nodes = launched(os.environ)
         self.count = devices * nodes
         options: dict[str, Any] = {}
