@@ -15,9 +15,10 @@ from steadyvq.data import EvaluationCrops, load_collection
 from steadyvq.experiments.recipes import LABELS, SIZE_KEYS, config_of, published, said, text_of, tiny
 from steadyvq.models import build_discriminator
 from steadyvq.training.config import read_recipe, resolve
+from steadyvq.training.photographs import training_crops
 from steadyvq.training.run import differences
 from steadyvq.training.stages import Schedule
-from steadyvq.training.tokenizer_task import quantizer_of, training_crops
+from steadyvq.training.tokenizer_task import quantizer_of
 
 ROOT = Path(__file__).parent.parent
 IMAGENET = 1_281_167

@@ -41,8 +41,9 @@ from steadyvq.data.names import PackedNames, classes_of, split_by_folder
 from steadyvq.data.stream import Faults
 from steadyvq.training.config import resolve
 from steadyvq.training.loop import Engine, Interrupted
+from steadyvq.training.photographs import with_counted_epoch
 from steadyvq.training.run import RunFolder
-from steadyvq.training.tokenizer_task import TokenizerTask, with_counted_epoch
+from steadyvq.training.tokenizer_task import TokenizerTask
 
 COUNT, SIDE = 60, 24
 RULE = CropRule(SIDE, (1.0, 1.5))

@@ -19,9 +19,10 @@ from steadyvq.models.rectifier import Rectifier
 from steadyvq.quantizers import build_quantizer
 from steadyvq.training.checkpoint import load_checkpoint
 from steadyvq.training.config import RunConfig, resolve
+from steadyvq.training.photographs import training_crops
 from steadyvq.training.run import RunFolder
 from steadyvq.training.stages import Schedule
-from steadyvq.training.tokenizer_task import TokenizerTask, training_crops
+from steadyvq.training.tokenizer_task import TokenizerTask
 from steadyvq.training.transplant import plan, read_source
 from steadyvq.training.weights import averaged_weights
 

@@ -92,7 +92,7 @@ def _add_compare(commands: "argparse._SubParsersAction[Parser]") -> None:
 def _add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     train = commands.add_parser("train", help="train a tokenizer from a recipe", allow_abbrev=False)
     train.add_argument("recipe", nargs="?", help="a recipe of the package (`steadyvq list recipes`) or a YAML file")
-    train.add_argument("--data", help="a folder of images, or mvtb for the built-in photographs")
+    train.add_argument("--data", help="a folder of images or shards, hf:..., wds:..., or mvtb")
     train.add_argument("--out", type=Path, help="the run folder (default: runs/RECIPE)")
     train.add_argument("--quantizer", metavar="NAME", help="a method (`steadyvq list`) or file.py:function")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; repeatable")
@@ -128,6 +128,11 @@ def _add_use(commands: "argparse._SubParsersAction[Parser]") -> None:
     evaluate.add_argument("--data", help="a folder of images (default: the run's own data)")
     evaluate.add_argument("--split", default="val", help="val, test, train or all")
     evaluate.add_argument("--crop", type=int, help="side of the crops in pixels (default: the run's)")
+    evaluate.add_argument(
+        "--scale",
+        type=float,
+        help="photographs are shrunk by this factor first (default: the run's data.min_scale, or 1)",
+    )
     evaluate.add_argument("--count", type=int, help="number of crops (default: the run's)")
     evaluate.add_argument(
         "--lpips", metavar="NETS", help="alex, vgg, alex,vgg or none (default: those whose weights are found)"

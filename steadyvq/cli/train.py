@@ -16,10 +16,11 @@ from steadyvq.experiments.demo import NOTE, run_demo
 from steadyvq.report import comparison_table, write_report
 from steadyvq.training.config import RunConfig, read_recipe, resolve, with_absolute_paths
 from steadyvq.training.loop import MAY_CHANGE, Diverged, Engine, Interrupted
+from steadyvq.training.photographs import load_photographs, with_counted_epoch
 from steadyvq.training.processes import Processes
 from steadyvq.training.run import RunFolder, check_free, differences
 from steadyvq.training.strict import merge
-from steadyvq.training.tokenizer_task import TokenizerTask, load_photographs, with_counted_epoch
+from steadyvq.training.tokenizer_task import TokenizerTask
 
 
 def train(arguments: argparse.Namespace) -> int:

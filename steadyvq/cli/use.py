@@ -2,7 +2,9 @@
 """`steadyvq eval`, `encode` and `decode`: a trained tokenizer at work."""
 
 import argparse
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,18 @@ from PIL import Image
 
 from steadyvq.cli.common import check_output, open_tokenizer, say, table
 from steadyvq.cli.distances import against, alike, distances, feature_networks, notes, show_checks
-from steadyvq.data import EvaluationCrops, ImageSource, decode_image, open_photographs, open_source, to_float
+from steadyvq.data import EvaluationCrops, ImageSource, always_streamed, decode_image, open_source, short_name, to_float
 from steadyvq.data.collection import image_files, read_images
 from steadyvq.data.decode import centre_square
-from steadyvq.data.shards import is_shard_set
 from steadyvq.files import write_atomically
 from steadyvq.metrics import read_record, to_uint8, write_record
 from steadyvq.models import LPIPS, Tokenizer, load_lpips
 from steadyvq.models.perceptual import CLASSIFIERS, too_small
 from steadyvq.models.perceptual_weights import MissingWeights
 from steadyvq.quantizers.names import look_up
-from steadyvq.training.config import RunConfig
+from steadyvq.training.config import DataConfig, RunConfig
 from steadyvq.training.evaluation import evaluate, record_of
+from steadyvq.training.photographs import photographs_of
 from steadyvq.training.progress import ProgressReport
 
 BATCH = 32
@@ -43,17 +45,17 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     crop = _positive("--crop", arguments.crop, config.data.crop_size if config else 128)
     count = _positive("--count", arguments.count, config.data.eval_crops if config else 320)
     step = _step(arguments.run)
-    name = f"eval-{Path(source).name}-{arguments.split}-{crop}-{count}-step-{step:08d}.json"
+    scale = _scale(arguments.scale, config)
+    cut = f"{crop}" if scale == 1 else f"{crop}x{scale:g}"
+    name = f"eval-{short_name(source)}-{arguments.split}-{cut}-{count}-step-{step:08d}.json"
     folder = arguments.run / "evaluations" if config else arguments.run
     out = folder / name if arguments.out is None else arguments.out
     check_output(out)
-    max_side = config.data.max_side if config else None
-    share = config.data.test_fraction if config else 0.0
-    streaming = bool(config and config.data.streaming)
-    photographs = open_photographs(source, streaming, crop, max_side, share).split(arguments.split)
+    data = replace(config.data if config else DataConfig(max_side=None), source=source, crop_size=crop)
+    photographs = photographs_of(data).split(arguments.split)
     if isinstance(photographs, ImageSource):
         photographs = photographs.load(count)
-    crops = EvaluationCrops(photographs, crop, count)
+    crops = EvaluationCrops(photographs, crop, count, scale=scale)
     perceptual, left_out = _perceptual(arguments, config, crop)
     networks, without = feature_networks(arguments)
     other = None if arguments.against is None else alike(arguments.against, crops, [*perceptual, *networks])
@@ -126,6 +128,14 @@ def _positive(option: str, given: int | None, default: int) -> int:
     return value
 
 
+def _scale(given: float | None, config: RunConfig | None) -> float:
+    """How much photographs are shrunk before crops are cut: as asked for, or as the run's own evaluations do."""
+    value = given if given is not None else config.data.min_scale if config else 1.0
+    if not 1 <= value < math.inf:
+        raise ValueError(f"--scale is {value:g}, but photographs are shrunk by a factor of at least 1")
+    return value
+
+
 def _step(run: Path) -> int:
     """The step of the newest evaluation, which is when the tokenizer was saved."""
     records = sorted((run / "evaluations").glob("step-*.json"))
@@ -179,8 +189,8 @@ def _encode_files(
 
 
 def _readable(data: str) -> tuple[list[tuple[str, Path]], Callable[[Path], torch.Tensor]]:
-    """The (name, path) of every image, and what decodes one; a path into shards is that of the name in their folder."""
-    if not is_shard_set(data):
+    """The (name, path) of every image, and what decodes one; what has no path gets one of its source and its name."""
+    if not always_streamed(data):
         return image_files(data), decode_image
     source = open_source(data)
     numbers = {Path(data, source.name(number)): number for number in range(len(source))}

@@ -2,7 +2,8 @@
 """Names of photographs in compact form, and what folders say about them: splits and classes."""
 
 from collections.abc import Iterable, Sequence
-from typing import overload
+from dataclasses import dataclass
+from typing import Protocol, overload, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,42 @@ class PackedNames(Sequence[str]):
         position = range(len(self))[index]
         start = int(self._ends[position - 1]) if position else 0
         return self._bytes[start : int(self._ends[position])].decode("utf-8", "surrogateescape")
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Encoded image files by number.
+
+    Attributes:
+        names: Their relative names with forward slashes.
+    """
+
+    @property
+    def names(self) -> PackedNames:
+        """One per file."""
+
+    def __len__(self) -> int:
+        """Number of files."""
+
+    def read(self, row: int) -> bytes:
+        """The bytes of a file; ValueError with the reason alone where they cannot be had."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A store with what is known of its files.
+
+    Attributes:
+        store: The files.
+        splits: The split of each, as one of ``SPLITS``; None where nothing says so.
+        classes: Names of the classes; empty where there are none.
+        labels: For each file the number of its class; -1 where it has none.
+    """
+
+    store: Store
+    splits: Sequence[str] | None
+    classes: tuple[str, ...]
+    labels: NDArray[np.int32]
 
 
 def split_by_folder(names: Sequence[str]) -> tuple[str, ...] | None:

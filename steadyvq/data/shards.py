@@ -15,6 +15,7 @@ import os
 import tarfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,7 @@ def check_tar(folder: Path, shard: Shard, table: Table) -> None:
         )
     with path.open("rb") as file:
         for row in {0, len(table.names) - 1} if table.names else ():
-            held = _header(file.fileno(), int(table.offsets[row]))
+            held = header_before(file.fileno(), int(table.offsets[row]))
             wanted = (table.names[row], int(table.sizes[row]))
             # Other names stand in a header of their own before it; this one has a makeshift.
             plain = wanted[0].isascii() and len(wanted[0]) <= 100
@@ -185,7 +186,7 @@ def check_tar(folder: Path, shard: Shard, table: Table) -> None:
                 )
 
 
-def _header(file: int, offset: int) -> tuple[str, int] | None:
+def header_before(file: int, offset: int) -> tuple[str, int] | None:
     """Name and size in the tar header that ends at this byte; None if there is none."""
     try:
         info = tarfile.TarInfo.frombuf(os.pread(file, 512, max(0, offset - 512)), "utf-8", "surrogateescape")
@@ -198,28 +199,25 @@ def _told(entry: tuple[str, int] | None) -> str:
     return "no file header" if entry is None else f"{entry[0]!r} of {entry[1]} bytes"
 
 
-class ShardStore:
-    """The files in a set of shards, by number.
+class TarStore:
+    """Files inside of tar files, by number; each is one positioned read, checked against its CRC-32.
 
     Args:
-        folder: Where index, tables and tars lie.
+        paths: The tar files.
+        tables: Where in each of them the files lie.
+        prefixes: What the names of each begin with.
 
     Attributes:
         names: One per file.
-
-    Raises:
-        ValueError: Index, tables and tars do not belong together.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).absolute()
-        shards = read_index(self.folder)
-        tables = [read_table(self.folder, shard) for shard in shards]
-        for shard, table in zip(shards, tables, strict=True):
-            check_tar(self.folder, shard, table)
-        self.files = [shard.file for shard in shards]
-        self.names = PackedNames(name for table in tables for name in table.names)
-        self._shard = np.repeat(np.arange(len(shards), dtype=np.int32), [shard.samples for shard in shards])
+    def __init__(self, paths: Sequence[Path], tables: Sequence[Table], prefixes: Sequence[str] | None = None) -> None:
+        self.paths = [path.absolute() for path in paths]
+        begins = [""] * len(tables) if prefixes is None else prefixes
+        self.names = PackedNames(
+            begin + name for begin, table in zip(begins, tables, strict=True) for name in table.names
+        )
+        self._tar = np.repeat(np.arange(len(tables), dtype=np.int32), [len(table.names) for table in tables])
         self._offset = np.concatenate([np.zeros(0, np.int64), *(table.offsets for table in tables)])
         self._size = np.concatenate([np.zeros(0, np.int64), *(table.sizes for table in tables)])
         self._crc32 = np.concatenate([np.zeros(0, np.uint32), *(table.crc32 for table in tables)])
@@ -237,25 +235,26 @@ class ShardStore:
         Raises:
             ValueError: They are not those that were written; the message is the reason alone.
         """
-        shard, size = int(self._shard[row]), int(self._size[row])
+        tar, size = int(self._tar[row]), int(self._size[row])
+        name = self.paths[tar].name
         try:
-            content = os.pread(self._file(shard), size, int(self._offset[row]))
+            content = os.pread(self._file(tar), size, int(self._offset[row]))
         except OSError as error:
-            raise ValueError(f"{self.files[shard]} cannot be read ({error.strerror})") from error
+            raise ValueError(f"{name} cannot be read ({error.strerror})") from error
         if len(content) != size:
-            raise ValueError(f"{self.files[shard]} ends before it")
+            raise ValueError(f"{name} ends before it")
         if zlib.crc32(content) != int(self._crc32[row]):
-            raise ValueError(f"its bytes in {self.files[shard]} are not those of the index (CRC-32 differs)")
+            raise ValueError(f"its bytes in {name} are not those of the index (CRC-32 differs)")
         return content
 
-    def _file(self, shard: int) -> int:
-        """A descriptor of a shard; no more than a few hundred stay open."""
-        if shard not in self._open:
+    def _file(self, tar: int) -> int:
+        """A descriptor of a tar; no more than a few hundred stay open."""
+        if tar not in self._open:
             if len(self._open) >= _OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = os.open(self.folder / self.files[shard], os.O_RDONLY)
-        self._open.move_to_end(shard)
-        return self._open[shard]
+            self._open[tar] = os.open(self.paths[tar], os.O_RDONLY)
+        self._open.move_to_end(tar)
+        return self._open[tar]
 
     def close(self) -> None:
         """Closes the tar files; reading opens them again."""
@@ -265,3 +264,22 @@ class ShardStore:
     def __del__(self) -> None:
         if hasattr(self, "_open"):
             self.close()
+
+
+class ShardStore(TarStore):
+    """The files in a set of shards, by number.
+
+    Args:
+        folder: Where index, tables and tars lie.
+
+    Raises:
+        ValueError: Index, tables and tars do not belong together.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).absolute()
+        shards = read_index(self.folder)
+        tables = [read_table(self.folder, shard) for shard in shards]
+        for shard, table in zip(shards, tables, strict=True):
+            check_tar(self.folder, shard, table)
+        super().__init__([self.folder / shard.file for shard in shards], tables)

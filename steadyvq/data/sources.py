@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steadyvq.data.addresses import HUB, parse_address
 from steadyvq.data.collection import (
     SINGLE,
     Collection,
@@ -26,28 +26,11 @@ from steadyvq.data.collection import (
 )
 from steadyvq.data.crops import uniforms
 from steadyvq.data.decode import decode_image
+from steadyvq.data.hub import list_hub
 from steadyvq.data.mvtb import mvtb_files
-from steadyvq.data.names import SPLITS, PackedNames, classes_of, split_by_folder
+from steadyvq.data.names import SPLITS, Listing, PackedNames, Store, classes_of, split_by_folder
 from steadyvq.data.shards import ShardStore, is_shard_set
-
-
-@runtime_checkable
-class Store(Protocol):
-    """Encoded image files by number.
-
-    Attributes:
-        names: Their relative names with forward slashes.
-    """
-
-    @property
-    def names(self) -> PackedNames:
-        """One per file."""
-
-    def __len__(self) -> int:
-        """Number of files."""
-
-    def read(self, row: int) -> bytes:
-        """The bytes of a file; ValueError with the reason alone where they cannot be had."""
+from steadyvq.data.tarsets import list_tars
 
 
 class FolderStore:
@@ -98,7 +81,7 @@ class ImageSource:
         rows: Numbers in the store of the photographs of this source.
         split_codes: For each file of the store the position of its split in ``SPLITS``.
         labels: For each file of the store the number of its class; -1 where there are no classes.
-        classes: Names of the classes, sorted; empty where folders name none.
+        classes: Names of the classes; empty where there are none. Those that folders name are sorted.
         min_side: Smaller photographs are enlarged to this shorter side when they are decoded.
         max_side: Larger ones are shrunk to this longer side (None: they are not).
         split_label: Which split this is, in the words that a record should use.
@@ -214,30 +197,44 @@ def open_source(
     splits and classes.
 
     Args:
-        data: A folder of shards, a folder of images, or ``"mvtb"``.
+        data: A folder of shards, a folder of images, ``"mvtb"``, or an address (``steadyvq.data.addresses``).
         min_side: Smaller photographs are enlarged to this shorter side.
         max_side: Larger ones are shrunk to this longer side; None keeps them.
         val_fraction: Expected share held out where no folder says so.
         test_fraction: Expected share of a test split where no folder says so.
 
     Raises:
-        ValueError: There are no photographs, or the shards do not fit their index.
+        ValueError: There are no photographs, the shards do not fit their index, or a library is missing.
     """
+    listing = _listing(data)
+    names = listing.store.names[:]
+    splits = listing.splits or split_by_name(names, val_fraction, test_fraction)
+    codes = np.array([SPLITS.index(split) for split in splits], np.uint8)
+    rows = np.arange(len(names))
+    return ImageSource(str(data), listing.store, rows, codes, listing.labels, listing.classes, min_side, max_side)
+
+
+def _listing(data: str | Path) -> Listing:
+    """The files of a source and what its names, or columns, say of them."""
+    address = parse_address(data)
+    if address is not None:
+        return list_hub(address) if address.kind == HUB else list_tars(address)
     store: Store = ShardStore(data) if is_shard_set(data) else folder_store(data)
     names = store.names[:]
     if str(data) == "mvtb":
-        splits: Sequence[str] = tuple(split for _, _, split in mvtb_files())
-    else:
-        splits = split_by_folder(names) or split_by_name(names, val_fraction, test_fraction)
-    classes, labels = ((), np.full(len(names), -1, np.int32)) if str(data) == "mvtb" else classes_of(names)
-    codes = np.array([SPLITS.index(split) for split in splits], np.uint8)
-    return ImageSource(str(data), store, np.arange(len(names)), codes, labels, classes, min_side, max_side)
+        return Listing(store, tuple(split for _, _, split in mvtb_files()), (), np.full(len(names), -1, np.int32))
+    return Listing(store, split_by_folder(names), *classes_of(names))
+
+
+def always_streamed(data: str | Path) -> bool:
+    """Whether the photographs of a source stay on disk in any case: shards, and what is neither a folder nor `mvtb`."""
+    return parse_address(data) is not None or is_shard_set(data)
 
 
 def open_photographs(
     data: str | Path, streaming: bool, min_side: int, max_side: int | None, test_fraction: float
 ) -> Collection | ImageSource:
-    """The photographs of a source: decoded into memory, or left on disk where asked for or where they are shards.
+    """The photographs of a source: decoded into memory, or left on disk where asked for or where they always are.
 
     Args:
         data: As in ``open_source``.
@@ -249,6 +246,6 @@ def open_photographs(
     Raises:
         ValueError: There are no photographs, or they cannot be read.
     """
-    if streaming or is_shard_set(data):
+    if streaming or always_streamed(data):
         return open_source(data, min_side, max_side, test_fraction=test_fraction)
     return load_collection(data, min_side, max_side, test_fraction=test_fraction)

@@ -103,8 +103,9 @@ def _train(arm: Arm, tell: "Connection[str, str]") -> None:
 def _fit(arm: Arm) -> None:
     from steadyvq.experiments.memory import PeakMemory
     from steadyvq.training.loop import Engine
+    from steadyvq.training.photographs import load_photographs
     from steadyvq.training.run import RunFolder
-    from steadyvq.training.tokenizer_task import TokenizerTask, load_photographs
+    from steadyvq.training.tokenizer_task import TokenizerTask
 
     run = RunFolder(arm.path, arm.config)
     begun = run.log_path.is_file()

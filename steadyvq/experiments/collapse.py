@@ -25,8 +25,9 @@ from steadyvq.experiments.arms import Arm, arm_configs, is_done, train_arms
 from steadyvq.files import write_atomically, write_text
 from steadyvq.metrics import to_uint8
 from steadyvq.models import Tokenizer
+from steadyvq.training.photographs import evaluation_crops, load_photographs
 from steadyvq.training.run import RunFolder
-from steadyvq.training.tokenizer_task import evaluation_crops, load_photographs, quantizer_of
+from steadyvq.training.tokenizer_task import quantizer_of
 
 REPORTED = ("psnr", "ssim", "utilization", "of_ceiling", "perplexity", "relative_error")
 

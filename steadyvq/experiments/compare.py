@@ -33,9 +33,10 @@ from steadyvq.quantizers.names import look_up
 from steadyvq.quantizers.registry import accepts
 from steadyvq.report import write_report
 from steadyvq.training.config import RunConfig, read_recipe, resolve, with_absolute_paths
+from steadyvq.training.photographs import load_photographs
 from steadyvq.training.run import RunFolder, differences, source_commit
 from steadyvq.training.strict import merge
-from steadyvq.training.tokenizer_task import build_tokenizer, codebook_parameters, load_photographs
+from steadyvq.training.tokenizer_task import build_tokenizer, codebook_parameters
 
 RECIPE = "compare"
 SEARCHED_ON, JUDGED_ON = "val", "test"

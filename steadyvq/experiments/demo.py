@@ -15,8 +15,9 @@ from typing import Any
 from steadyvq.experiments.arms import Arm, arm_configs, check_place, train_arms
 from steadyvq.training.config import with_absolute_paths
 from steadyvq.training.loop import Engine
+from steadyvq.training.photographs import load_photographs
 from steadyvq.training.run import RunFolder, check_free
-from steadyvq.training.tokenizer_task import TokenizerTask, load_photographs
+from steadyvq.training.tokenizer_task import TokenizerTask
 
 NOTE = (
     "Every arm sees the same crops in the same order for the same number of steps, and is measured on photographs of "

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from steadyvq.data import BUILT_IN
+from steadyvq.data import BUILT_IN, absolute_address
 from steadyvq.models.autoencoder import AutoencoderConfig
 from steadyvq.models.perceptual import CLASSIFIERS, too_small
 from steadyvq.quantizers.names import unknown
@@ -32,8 +32,8 @@ class DataConfig:
     """Which photographs, and how they are cut.
 
     Attributes:
-        source: `mvtb` (the photographs of the package mvtb-data, split by scene), a folder of images, or a folder of
-            shards written by `steadyvq data shard`.
+        source: `mvtb` (the photographs of the package mvtb-data, split by scene), a folder of images, a folder of shards
+            written by `steadyvq data shard`, `hf:...` for Hugging Face datasets or `wds:...` for webdataset (docs/data.md).
         crop_size: Side of the training crops in pixels.
         min_scale: Crops come from regions this many times larger or more, as far as a photograph is large enough. 1000 for
             both makes the whole shorter side the crop's; in evaluations photographs are shrunk by `min_scale` first.
@@ -45,7 +45,7 @@ class DataConfig:
         eval_split: The held-out photographs: `val`, or `test` for settings that were chosen on `val`.
         test_fraction: Share of a folder's photographs that becomes a `test` split (0: none); mvtb has one of its own.
         streaming: Leave photographs on disk and go through all of them in every pass, instead of holding them decoded in
-            memory and drawing from them. Shards always do.
+            memory and drawing from them. Shards, `hf:` and `wds:` always do.
         workers: Processes that read, decode and cut streamed photographs for each training process (None: the cores of
             the machine less one, shared out, 8 at most). The result does not depend on it.
     """
@@ -383,7 +383,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The configuration with absolute paths, so that a run means the same from every working directory."""
     source, name = config.data.source, config.quantizer.name
     if source != BUILT_IN:
-        source = str(Path(source).expanduser().resolve())
+        source = absolute_address(source)
     file, colon, function = name.rpartition(":")
     if file.endswith(".py"):
         name = f"{Path(file).expanduser().resolve()}{colon}{function}"

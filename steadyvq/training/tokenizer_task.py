@@ -4,7 +4,6 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,17 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from steadyvq.data import (
-    Collection,
-    CropDataset,
-    CropFeed,
-    CropRule,
-    EvaluationCrops,
-    ImageSource,
-    StreamedCrops,
-    open_photographs,
-    usable_workers,
-)
+from steadyvq.data import Collection, CropFeed, ImageSource, StreamedCrops, usable_workers
 from steadyvq.files import write_atomically, write_text
 from steadyvq.metrics import Probe, write_record
 from steadyvq.models import LPIPS, Tokenizer, load_lpips
@@ -35,6 +24,7 @@ from steadyvq.training.average import WeightAverage
 from steadyvq.training.config import RunConfig
 from steadyvq.training.evaluation import evaluate, record_of
 from steadyvq.training.latent_loss import LATENT, RECONSTRUCTION, LatentLoss
+from steadyvq.training.photographs import evaluation_crops, load_photographs, training_crops
 from steadyvq.training.processes import launched
 from steadyvq.training.run import RunFolder
 from steadyvq.training.stages import Schedule, quantizer_weights
@@ -88,36 +78,6 @@ def build_adversary(config: RunConfig, tokenizer: Tokenizer) -> Adversary | None
         seed=config.seed + 1,
         half=config.precision == "bf16-mixed",
     )
-
-
-def load_photographs(config: RunConfig) -> Collection | ImageSource:
-    """The photographs of a configuration: decoded, or on disk where they are streamed."""
-    data = config.data
-    return open_photographs(data.source, data.streaming, data.crop_size, data.max_side, data.test_fraction)
-
-
-def with_counted_epoch(config: RunConfig, photographs: Collection | ImageSource) -> RunConfig:
-    """The configuration with `data.epoch_samples` a number: where it is null, that of the training photographs."""
-    if config.data.epoch_samples is not None:
-        return config
-    return replace(config, data=replace(config.data, epoch_samples=len(photographs.split("train"))))
-
-
-def training_crops(config: RunConfig, photographs: Collection | ImageSource) -> CropDataset | StreamedCrops:
-    """The crops that a configuration trains on."""
-    data, chosen = config.data, photographs.split("train")
-    scales = (data.min_scale, data.max_scale)
-    if isinstance(chosen, ImageSource):
-        return StreamedCrops(chosen, CropRule(data.crop_size, scales, data.flip), config.epoch_samples, config.seed)
-    return CropDataset(chosen, data.crop_size, config.epoch_samples, config.seed, scales, data.flip)
-
-
-def evaluation_crops(config: RunConfig, photographs: Collection | ImageSource) -> EvaluationCrops:
-    """The crops that a configuration is evaluated on; of streamed photographs no more are decoded than there are crops."""
-    data, chosen = config.data, photographs.split(config.data.eval_split)
-    if isinstance(chosen, ImageSource):
-        chosen = chosen.load(data.eval_crops)
-    return EvaluationCrops(chosen, data.crop_size, data.eval_crops, scale=data.min_scale)
 
 
 def load_perceptual(config: RunConfig) -> LPIPS | None:
