@@ -8,7 +8,8 @@ llamagen    FoundationVision/LlamaGen 3786e6a, tokenizer/tokenizer_image/vq_mode
 simvq       youngsheen/SimVQ fbc3233, taming/modules/diffusionmodules/improved_model.py; taming/models/vq.py
 ibq, lfq    TencentARC/SEED-Voken bb81d65 and a0a83b4, IBQ/models/ibqgan.py, Open_MAGVIT2/models/lfqgan_pretrain.py
 fvq         yfChang-cv/FVQ 577b848, qbridge_ViT.py
-diffusers   huggingface/diffusers 04a1c9b, src/diffusers/models/autoencoders/vq_model.py
+diffusers   huggingface/diffusers 04a1c9b, src/diffusers/models/autoencoders/vq_model.py, autoencoder_kl.py
+kl          CompVis/latent-diffusion a506df5, ldm/models/autoencoder.py; black-forest-labs/flux, src/flux/modules/autoencoder.py
 dac         descriptinc/descript-audio-codec 3e877db, dac/nn/quantize.py
 encodec     facebookresearch/encodec 01e1cc5, encodec/quantization/core_vq.py
 mimi        huggingface/transformers be5087b, models/mimi/modeling_mimi.py; kyutai-labs/moshi, quantization/core_vq.py
@@ -104,6 +105,16 @@ def taming(
     found |= layer(f"decoder.{norm_out}", width) | layer("decoder.conv_out", 3, width, 3, 3)
     found |= layer("quant_conv", dim, z, 1, 1) | layer("post_quant_conv", z, dim, 1, 1)
     return found | {"quantize.embedding.weight": (codes, dim)}
+
+
+def continuous(ch: int, mult: tuple[int, ...], res: int, z: int, dialect: str = "taming", mixed: bool = True) -> Shapes:
+    """The keys of a KL autoencoder: twice the channels at the encoder's end, no codebook; FLUX has no 1x1 convolutions."""
+    found = taming(ch, mult, res, (), z, z, 1, dialect)
+    del found["quantize.embedding.weight"]
+    found |= layer("encoder.conv_out", 2 * z, ch * mult[-1], 3, 3)
+    if mixed:
+        return found | layer("quant_conv", 2 * z, 2 * z, 1, 1)
+    return {name: shape for name, shape in found.items() if "quant_conv" not in name}
 
 
 def magvit(ch: int, mult: tuple[int, ...], res: int, z: int, adaptive: bool = False) -> Shapes:
@@ -343,6 +354,10 @@ class Raw:
             table[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = square
         return table.reshape(codes, dim)
 
+    def mean(self, images: Tensor) -> Tensor:
+        """Of the normal distribution that a KL autoencoder's encoder gives: the first half of the moments."""
+        return self.latents(images).chunk(2, 1)[0]
+
     def run(self, images: Tensor, method: str) -> tuple[Tensor, Tensor]:
         """Tokens (B, h, w) and images, not clamped."""
         z = self.latents(images)
@@ -359,6 +374,14 @@ class Raw:
                 tokens = (seen[..., None, :] - table).square().sum(-1).argmin(-1)
             codes = table[tokens]
         return tokens, self.images(codes.movedim(-1, 1))
+
+
+def save_kl(path: Path) -> State:
+    """A small checkpoint of a KL autoencoder as latent diffusion's trainer leaves it."""
+    state = random_state(continuous(32, (1, 2), 2, 4))
+    extra = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4)}
+    torch.save({"epoch": 3, "state_dict": {**state, **extra}}, path)
+    return state
 
 
 def save_taming(path: Path, **more: object) -> State:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import tiny_recipe
-from foreign import save_taming
+from foreign import save_kl, save_taming
 from runs import environment
 
 from steadyvq.experiments import tables
@@ -59,6 +59,7 @@ def test_every_python_block_runs(photos, steadyvq_command, tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(tiny_recipe(photos)))
     assert steadyvq_command("train", "r.yaml", "--out", "runs/mine").returncode == 0
     save_taming(tmp_path / "vqgan.ckpt")
+    save_kl(tmp_path / "kl.ckpt")
     for name, text in blocks("python"):
         if not can_run(text):
             continue
@@ -78,6 +79,7 @@ def test_every_command_runs(photos, steadyvq_command, tmp_path):
     (folder / "my_photos").symlink_to(photos)
     (folder / "DIR").symlink_to(photos)
     save_taming(folder / "vqgan.ckpt")
+    save_kl(folder / "kl.ckpt")
     own = next(text for _, text in blocks("python") if "def half_vq" in text)
     (folder / "my_file.py").write_text(own)
     small = ["epochs=1", "data.epoch_samples=16", "data.eval_crops=8", "data.source=my_photos", "data.eval_split=val"]

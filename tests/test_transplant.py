@@ -44,9 +44,9 @@ def command(*words):
 
 def differ(a, b, starts):
     """Names of the weights that differ between two states, of the parts whose names start so."""
-    names = [name for name in a if name.startswith(starts)]
+    names = sorted(name for name in a if name.startswith(starts))
     assert names
-    assert names == [name for name in b if name.startswith(starts)]
+    assert names == sorted(name for name in b if name.startswith(starts))
     return [name for name in names if not torch.equal(a[name], b[name])]
 
 

@@ -112,6 +112,9 @@ def _add_transplant(commands: "argparse._SubParsersAction[Parser]") -> None:
     transplant.add_argument("--quantizer", metavar="NAME", help="the new method (default: the recipe's, nsvq)")
     transplant.add_argument("--codes", type=int, metavar="K", help="its number of codes (default: the recipe's, 4096)")
     transplant.add_argument("--data", help="a folder of images, or mvtb (default: those of the run)")
+    transplant.add_argument(
+        "--train", choices=("all", "decoder", "codebook"), default="all", help="what learns (default: codes, then both)"
+    )
     transplant.add_argument("--out", type=Path, help="the run folder (default: runs/transplant)")
     transplant.add_argument(
         "--recipe", default="transplant", help="stages and rates (default: transplant), or a YAML file"
@@ -165,11 +168,13 @@ def _add_use(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 
 def _add_exchange(commands: "argparse._SubParsersAction[Parser]") -> None:
-    inward = commands.add_parser("import", help="somebody else's checkpoint as a saved tokenizer", allow_abbrev=False)
+    inward = commands.add_parser("import", help="somebody else's checkpoint as one of ours", allow_abbrev=False)
     inward.add_argument("file", type=Path, help="a checkpoint (.ckpt, .pt, .safetensors) or a diffusers folder")
     inward.add_argument("out", type=Path, help="the folder of the tokenizer")
     inward.add_argument(
-        "--format", default="auto", help="taming, llamagen, simvq, ibq, lfq, fvq, diffusers (default: auto)"
+        "--format",
+        default="auto",
+        help="taming, llamagen, simvq, ibq, lfq, fvq, diffusers, kl, diffusers_kl (default: auto)",
     )
     inward.add_argument(
         "--weights", default="auto", help="ema, model, or auto: the average where there is one (default)"

@@ -17,6 +17,7 @@ def transplant(arguments: argparse.Namespace) -> int:
         quantizer=arguments.quantizer,
         num_codes=arguments.codes,
         data=arguments.data,
+        train=arguments.train,
         sets=arguments.set,
     )
     for note in notes:

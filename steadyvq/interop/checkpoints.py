@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from steadyvq.interop.formats import Format, format_named, recognise
-from steadyvq.interop.layouts import Pair, arranged_here, take_size, tensor_pairs
+from steadyvq.interop.formats import format_named, recognise
+from steadyvq.interop.layouts import DIFFUSERS, Dialect, Pair, arranged_here, take_size, tensor_pairs
 from steadyvq.interop.reading import Checkpoint, read_checkpoint
 from steadyvq.models import Tokenizer
 from steadyvq.quantizers import build_quantizer
@@ -69,33 +69,32 @@ def import_tokenizer(
     checkpoint = read_checkpoint(Path(path), weights)
     try:
         name = recognise(checkpoint.tensors) if format == "auto" else format
-        form = format_named(name)
-        return _imported(checkpoint, name, form, groups)
+        return import_checked(checkpoint, name, groups)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from error
 
 
-def _imported(checkpoint: Checkpoint, name: str, form: Format, groups: int | None) -> Imported:
+def import_checked(checkpoint: Checkpoint, name: str, groups: int | None) -> Imported:
+    """The tokenizer in a checkpoint of a format; ValueError unless every tensor fits."""
+    form = format_named(name)
     checkpoint.ignore(form.ignored)
-    if name == "diffusers":
-        _prepare_diffusers(checkpoint)
-        groups = _groups_of_diffusers(checkpoint.path) if groups is None else groups
+    groups = groups_of(checkpoint, form.dialect, groups)
     try:
-        config = take_size(checkpoint.tensors, form.dialect, 32 if groups is None else groups)
+        config = take_size(checkpoint.tensors, form.dialect, groups)
         book = form.codebook(checkpoint.tensors)
     except ValueError as error:
         raise ValueError(f"this is no tokenizer of the format {name} ({form.what}): {error}") from error
     quantizer = build_quantizer(book.name, num_codes=book.num_codes, dim=book.dim, channel_axis=1, **book.options)
     tokenizer = Tokenizer.build(config, quantizer)
     pairs = [*tensor_pairs(config, form.dialect, tokenizer.state_dict()), *book.pairs]
-    _load(tokenizer, pairs, checkpoint.tensors, name)
+    load_pairs(tokenizer, pairs, checkpoint.tensors, name)
     return Imported(tokenizer.eval(), name, form.what, checkpoint.weights, len(pairs), checkpoint.ignored)
 
 
-def _load(tokenizer: Tokenizer, pairs: Sequence[Pair], found: Mapping[str, Tensor], name: str) -> None:
-    """Copies every tensor of a file; ValueError unless names and shapes are those that the tokenizer needs."""
-    state = tokenizer.state_dict()
-    unmapped = {n for n, _ in tokenizer.named_parameters()} - {pair.ours for pair in pairs}
+def load_pairs(module: nn.Module, pairs: Sequence[Pair], found: Mapping[str, Tensor], name: str) -> None:
+    """Copies every tensor of a file; ValueError unless names and shapes are those that the module needs."""
+    state = module.state_dict()
+    unmapped = {n for n, _ in module.named_parameters()} - {pair.ours for pair in pairs}
     assert not unmapped, f"no name in {name} for {sorted(unmapped)}"
     theirs = {pair.theirs for pair in pairs}
     problems = [f"{n} is missing" for n in sorted(theirs - set(found))]
@@ -110,7 +109,15 @@ def _load(tokenizer: Tokenizer, pairs: Sequence[Pair], found: Mapping[str, Tenso
         more = len(problems) - _NAMES_IN_AN_ERROR
         tail = f"; and {more} more" if more > 0 else ""
         raise ValueError(f"its tensors are not those of the format {name}: {shown}{tail}")
-    tokenizer.load_state_dict({**state, **values})
+    module.load_state_dict({**state, **values})
+
+
+def groups_of(checkpoint: Checkpoint, dialect: Dialect, groups: int | None) -> int:
+    """Groups of every norm: those given, or what diffusers says, or 32. Attention of diffusers gets its present names."""
+    if dialect is not DIFFUSERS:
+        return 32 if groups is None else groups
+    _prepare_diffusers(checkpoint)
+    return _groups_of_diffusers(checkpoint.path) if groups is None else groups
 
 
 def _prepare_diffusers(checkpoint: Checkpoint) -> None:

@@ -143,8 +143,20 @@ FORMATS: dict[str, Format] = {
 """What can be imported, by name."""
 
 
+CONTINUOUS: dict[str, tuple[str, Dialect]] = {
+    "kl": ("latent diffusion and FLUX: KL autoencoder", TAMING),
+    "diffusers_kl": ("diffusers' AutoencoderKL", DIFFUSERS),
+}
+"""Autoencoders without a quantizer that can be imported: what they are, and the names of their layers."""
+
+
 def format_named(name: str) -> Format:
-    """A format; ValueError with the known names if there is none of that name."""
+    """A format of tokenizers; ValueError with the known names if there is none of that name."""
+    if name in CONTINUOUS:
+        raise ValueError(
+            f"the format is {name} ({CONTINUOUS[name][0]}), which has no quantizer and so is no tokenizer: read it with "
+            "import_autoencoder or `steadyvq import`, and put a quantizer inside with `steadyvq transplant`"
+        )
     found: Format = look_up("format", name, FORMATS)
     return found
 
@@ -155,7 +167,8 @@ def recognise(state: State) -> str:
     Raises:
         ValueError: It is none of the known ones, or fits several that differ in what their tokens are.
     """
-    known = "the known ones are " + "; ".join(f"{name} ({format.what})" for name, format in FORMATS.items())
+    words = {name: form.what for name, form in FORMATS.items()} | {name: what for name, (what, _) in CONTINUOUS.items()}
+    known = "the known ones are " + "; ".join(f"{name} ({what})" for name, what in words.items())
     if "quantize.proj.weight" in state:
         raise ValueError(f"the format is that of a Gumbel VQGAN, whose tokens are no nearest codes: {known}")
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in state:
@@ -163,12 +176,12 @@ def recognise(state: State) -> str:
             raise ValueError(
                 "the format is that of diffusers with spatial norms (MoVQ), which have no counterpart here"
             )
-        return "diffusers"
+        return "diffusers_kl" if _is_continuous(state) else "diffusers"
     if "encoder.conv_blocks.0.res.0.conv1.weight" in state:
         return _llamagen_or_fvq(state)
     if "encoder.down.0.block.0.conv1.weight" in state:
         if "encoder.mid.block_1.conv1.weight" in state:
-            return _taming_or_ibq(state)
+            return "kl" if _is_continuous(state) else _taming_or_ibq(state)
         return "simvq" if "quantize.embedding_proj.weight" in state else "lfq"
     if any(re.search(r"quantizers\.0\.in_proj|\.embed_avg$|rvq_first|semantic_residual", name) for name in state):
         raise ValueError(
@@ -177,6 +190,14 @@ def recognise(state: State) -> str:
         )
     begins = ", ".join(sorted({name.partition(".")[0] for name in state})[:6])
     raise ValueError(f"the format is unknown (its names begin with {begins}): {known}")
+
+
+def _is_continuous(state: State) -> bool:
+    """Whether the encoder gives a mean and a log-variance for each channel of the decoder, and there are no codes."""
+    last, first = state.get("encoder.conv_out.weight"), state.get("decoder.conv_in.weight")
+    if last is None or first is None or any(name.startswith("quantize") for name in state):
+        return False
+    return bool(last.shape[0] == 2 * first.shape[1])
 
 
 def _llamagen_or_fvq(state: State) -> str:

@@ -3,17 +3,19 @@
 
 from steadyvq.models.adversarial import Critic, adaptive_weight, discriminator_loss, generator_loss
 from steadyvq.models.autoencoder import AUTOENCODERS, AutoencoderConfig, Decoder, Encoder, autoencoder_config
+from steadyvq.models.continuous import Autoencoder, save_autoencoder
 from steadyvq.models.discriminator import DISCRIMINATORS, build_discriminator
 from steadyvq.models.features import FeatureNetwork, load_features
 from steadyvq.models.perceptual import LPIPS
 from steadyvq.models.perceptual_weights import load_lpips
-from steadyvq.models.tokenizer import Tokenizer, save_autoencoder
+from steadyvq.models.tokenizer import Tokenizer
 from steadyvq.models.vqgan import VqganDecoder, VqganEncoder
 
 __all__ = [
     "AUTOENCODERS",
     "DISCRIMINATORS",
     "LPIPS",
+    "Autoencoder",
     "AutoencoderConfig",
     "Critic",
     "Decoder",

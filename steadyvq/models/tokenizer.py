@@ -183,7 +183,7 @@ class Tokenizer(nn.Module):
                 "this tokenizer was put together by hand, so its size cannot be written down: make it with "
                 "Tokenizer.build, or save its state_dict."
             )
-        _write(folder := Path(folder), self.config, self.quantizer.spec, self.state_dict())
+        write_folder(folder := Path(folder), self.config, self.quantizer.spec, self.state_dict())
         return folder
 
     @classmethod
@@ -222,40 +222,10 @@ class Tokenizer(nn.Module):
             )
 
 
-def save_autoencoder(
-    folder: str | os.PathLike[str],
-    config: AutoencoderConfig,
-    encoder: Encoder | VqganEncoder,
-    decoder: Decoder | VqganDecoder,
-) -> Path:
-    """Write an autoencoder without a quantizer, for `steadyvq transplant` to put one inside.
-
-    Args:
-        folder: is made if it is not there.
-        config: the size that both were built with, `config.build()`.
-        encoder: images to latents.
-        decoder: latents to images.
-
-    Raises:
-        ValueError: the two are not of this size.
-    """
-    folder = Path(folder)
-    parts = {"encoder": encoder, "decoder": decoder}
-    with torch.device("meta"):
-        sized = dict(zip(parts, config.build(), strict=True))
-    state = _prefixed(parts)
-    check_fit(_prefixed(sized), state, folder)
-    _write(folder, config, None, state)
-    return folder
-
-
-def _prefixed(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    return {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
-
-
-def _write(
+def write_folder(
     folder: Path, size: AutoencoderConfig, quantizer: Mapping[str, Any] | None, state: Mapping[str, Tensor]
 ) -> None:
+    """Writes `model.safetensors` and `config.json`; without a quantizer only `steadyvq transplant` reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, "autoencoder": asdict(size), "quantizer": quantizer}, indent=2) + "\n"
     # safetensors refuses tensors that share memory, which tied parameters do: each gets a copy of its own.

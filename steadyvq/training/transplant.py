@@ -84,6 +84,7 @@ def plan(
     quantizer: str | None = None,
     num_codes: int | None = None,
     data: str | None = None,
+    train: str = "all",
     sets: Sequence[str] = (),
 ) -> tuple[RunConfig, list[str]]:
     """The run that puts a new quantizer into a trained tokenizer, and what the user should know about it.
@@ -94,6 +95,8 @@ def plan(
         quantizer: The new method (None: the recipe's).
         num_codes: Its number of codes (None: the recipe's).
         data: The photographs (None: those of the source).
+        train: `codebook` keeps the decoder as it is and only the stages that do so; `decoder` keeps the codes where they are
+            placed at the start, and only the stages in which the decoder learns; `all` neither.
         sets: `key=value` pairs; they win.
 
     Raises:
@@ -113,7 +116,11 @@ def plan(
     if source.data is not None and source.data.epoch_samples is not None:
         settings["batch_size"] = min(settings.get("batch_size", RunConfig.batch_size), source.data.epoch_samples)
     overrides: dict[str, Any] = {"data": {"source": data}} if data else {}
-    config = resolve(settings, sets, {**overrides, "init_from": str(path), "init_parts": "autoencoder"})
+    start = {"init_from": str(path), "init_parts": "autoencoder", "train": train}
+    config = resolve(settings, sets, {**overrides, **start})
+    if train != "all" and "stages" not in asked:
+        stages = tuple(s for s in config.stages if ("decoder" in s.frozen) == (train == "codebook"))
+        config = replace(config, stages=stages or config.stages)
     return _fitted(with_absolute_paths(config), source, asked)
 
 
