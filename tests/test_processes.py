@@ -92,6 +92,26 @@ def test_a_tokenizer_against_a_discriminator(runs, cut, adaptive):
 
 
 @pytest.mark.recovery
+def test_the_three_stages_of_nsvq(runs):
+    """The whole recipe with its discriminator at a fixed weight; 9 crops in a step, of which one process has 5."""
+    path, cut_path = runs("recipe", "one")[0], runs("recipe", "two")[0]
+    stages, cut_stages = ([row for row in log(run) if row["kind"] == "stage"] for run in (path, cut_path))
+    assert [row["stage"] for row in stages] == ["joint", "warmup", "refine"]
+    assert stages[1]["reason"].startswith("plateau of commitment")
+    assert stages == cut_stages, "the same freeze epoch"
+    weights = [row.get("adversarial/weight") for row in log(path) if row["kind"] == "train"]
+    freeze = stages[1]["step"]
+    ramp = [0.1 * (i + 1) / 10 for i in range(10)]
+    assert weights[:freeze] == pytest.approx([0.1] * freeze)
+    assert weights[freeze : freeze + 5] == [None] * 5
+    assert weights[freeze + 5 : freeze + 15] == pytest.approx(ramp)
+    whole, cut = state(path), state(cut_path)
+    (codes,) = (name for name in whole if name.endswith("quantizer.codes.base") and name.startswith("/module"))
+    torch.testing.assert_close(whole[codes], cut[codes], rtol=0, atol=1e-9)
+    assert_same(whole, cut, 1e-9)
+
+
+@pytest.mark.recovery
 @pytest.mark.parametrize("frozen", ["encoder", "quantizer"])
 def test_a_loss_that_couples_the_batch_sees_all_processes(runs, frozen):
     """The entropy of the mean assignment, with its gradient; a frozen quantizer computes it all the same."""

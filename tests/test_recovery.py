@@ -51,22 +51,41 @@ def test_killed_after_a_checkpoint_and_resumed(whole, photos, tmp_path, task):
     assert_same_run(whole(task), tmp_path / "run")
 
 
-@pytest.mark.parametrize("task", ["masked", "adversarial"])
-def test_killed_ten_times_in_all_stages(photos, tmp_path, task):
+def test_killed_ten_times(photos, tmp_path):
     """Each of the ten dies somewhere in the ten steps after the last one's grave, or in a write."""
     dice = random.SystemRandom()
     settings = ["--set", "checkpoint_every=1"]
-    toy(task, tmp_path / "whole", photos, *settings)
+    toy("masked", tmp_path / "whole", photos, *settings)
     resume: list[str] = []
     for life in range(10):
         how, step = dice.choice(["die", "die", "die_in_write"]), min(58, 6 * life + dice.randint(0, 5))
         # A life that starts from a checkpoint behind its grave would outlive it: step is where it is at most.
         begun = latest_checkpoint(tmp_path / "run" / "checkpoints") if resume else None
         at = int(begun.stem.removeprefix("step-")) if begun else 0
-        toy(task, tmp_path / "run", photos, *settings, *resume, "--harm", how, max(step, at), code=-9)
+        toy("masked", tmp_path / "run", photos, *settings, *resume, "--harm", how, max(step, at), code=-9)
         resume = ["--resume"]
-    toy(task, tmp_path / "run", photos, *settings, "--resume")
+    toy("masked", tmp_path / "run", photos, *settings, "--resume")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_the_three_stages_of_nsvq_killed_ten_times(whole, photos, tmp_path):
+    """In every stage of the recipe, and at both borders in the step before, in the checkpoint and in the step after."""
+    stages = [row for row in log(whole("recipe")) if row["kind"] == "stage"]
+    assert [row["stage"] for row in stages] == ["joint", "warmup", "refine"]
+    assert stages[1]["reason"] == "plateau of commitment (1 epochs)"
+    freeze, back, end = stages[1]["step"], stages[2]["step"], 50
+    assert 10 <= freeze < back == freeze + 5 < end - 10, "the ramp of two epochs ends before the run"
+    dice = random.SystemRandom()
+    graves = [("die", dice.randrange(freeze - 1))]
+    graves += [("die", freeze - 1), ("die_in_write", freeze - 1), ("die", freeze), ("die", freeze + 2)]
+    graves += [("die", back - 1), ("die_in_write", back - 1), ("die", back)]
+    graves += [("die", dice.randrange(back + 1, end - 5)), ("die_in_write", end - 1)]
+    resume: list[str] = []
+    for how, step in graves:
+        toy("recipe", tmp_path / "run", photos, *resume, "--harm", how, step, code=-9)
+        resume = ["--resume"]
+    toy("recipe", tmp_path / "run", photos, "--resume")
+    assert_same_run(whole("recipe"), tmp_path / "run")
 
 
 def test_killed_in_the_middle_of_a_write(whole, photos, tmp_path):

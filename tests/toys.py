@@ -6,7 +6,8 @@ python tests/toys.py TASK RUN PHOTOS [--resume] [--set KEY=VALUE ...] [--record 
 masked      an autoencoder of pixel patches in float64 with masks, k-means start, replacement and a freeze
 fixed       a codebook on latents that do not move, in float32
 gan         two optimisers: a generator of patches against a discriminator
-adversarial the image tokenizer in float64 against a discriminator, through the three stages of NSVQ
+adversarial the image tokenizer in float64 against a discriminator, with LeCAM, a late start and a head start
+recipe      the recipe nsvq_tiny in float64, smaller still: joint to a plateau, warmup, refine with its discriminator
 next_token  a recurrent model of grey levels, lines of unequal length
 """
 
@@ -25,7 +26,7 @@ from steadyvq.data import CropDataset, load_collection
 from steadyvq.data.crops import uniforms
 from steadyvq.quantizers import VectorQuantizer, build_quantizer
 from steadyvq.training import checkpoint
-from steadyvq.training.config import resolve
+from steadyvq.training.config import read_recipe, resolve
 from steadyvq.training.loop import Diverged, Engine, Interrupted
 from steadyvq.training.processes import FailedElsewhere, Processes, leave
 from steadyvq.training.run import RunFolder
@@ -285,11 +286,42 @@ class Adversarial(TokenizerTask):
         return {"size": sum(float(p.detach().square().sum()) for p in self.tokenizer.parameters())}
 
 
-TASKS = {"adversarial": Adversarial, "masked": Masked, "fixed": Fixed, "gan": Gan, "next_token": NextToken}
+RECIPE = {
+    "data": {"crop_size": 16, "epoch_samples": 45, "eval_crops": 8},
+    "model": {"channels": 8, "z_channels": 6},
+    "quantizer": {"num_codes": 32, "dim": 6},
+    "perceptual": 0.0,
+    "adversarial": {"options": {"channels": 8, "layers": 2, "norm": "group"}},
+    "batch_size": 9,
+    "epochs": 10,
+}
+"""What is smaller than in `nsvq_tiny`. Group norms, since statistics of a batch are not those of its halves; batches of 9,
+which two processes cannot share evenly; no LPIPS, since crops are too small for it."""
+
+
+def recipe_of(photos):
+    """The recipe `nsvq_tiny` in this size; the rule that ends its joint stage is as impatient as 5 steps per epoch ask for."""
+    recipe = merge(read_recipe("nsvq_tiny"), RECIPE)
+    joint, *rest = recipe["stages"]
+    stages = [merge(joint, {"until": {"patience": 1, "min_epochs": 1}}), *rest]
+    engine = {"eval_every": 2, "checkpoint_every": 1, "log_every": 1, "keep_checkpoints": 2}
+    return merge(recipe, {"data": {"source": str(photos)}, "stages": stages, **engine})
+
+
+TASKS = {
+    "adversarial": Adversarial,
+    "recipe": Adversarial,
+    "masked": Masked,
+    "fixed": Fixed,
+    "gan": Gan,
+    "next_token": NextToken,
+}
 
 
 def toy_config(task, photos, sets=()):
-    """60 steps of 8 crops, a freeze after 30, checkpoints at 20, 40 and 60."""
+    """60 steps of 8 crops, a freeze after 30, checkpoints at 20, 40 and 60; `recipe`: 50 steps of 9, checkpoints every 5."""
+    if task == "recipe":
+        return resolve(recipe_of(photos), sets)
     recipe = {
         "title": "toy",
         "data": {"source": str(photos), "crop_size": 16, "epoch_samples": 80},
