@@ -3,9 +3,11 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -195,6 +197,32 @@ class TestTars:
         with pytest.raises(KeyboardInterrupt):
             read_tars(data, stop)
         assert len(TarSet(parse_address(data)).unread()) == 2
+
+    def test_a_cache_that_cannot_be_written(self, tars, tmp_path, monkeypatch):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        with pytest.raises(ValueError, match=r"which cannot be written .*: set XDG_CACHE_HOME to a folder that can"):
+            open_source(f"wds:{tars}/set-000.tar")
+
+    def test_several_processes_read_every_tar_once(self, tars, monkeypatch, tmp_path):
+        """Three at the same time; each notes in a file which tars it has read."""
+        data, notes = f"wds:{tars}/set-*.tar", tmp_path / "notes"
+        read = TarSet._read_through
+
+        def noted(self: TarSet, path: Path) -> object:
+            with notes.open("a") as file:
+                file.write(f"{path.name}\n")
+            time.sleep(0.05)
+            return read(self, path)
+
+        monkeypatch.setattr(TarSet, "_read_through", noted)
+        children = []
+        for _ in range(3):
+            children.append(os.fork())
+            if not children[-1]:
+                os._exit(0 if len(open_source(data)) == COUNT else 1)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+        assert sorted(notes.read_text().split()) == [f"set-{i:03d}.tar" for i in range(4)]
 
     @pytest.mark.parametrize("harm", ["cut", "words", "other"])
     def test_a_damaged_cache_or_another_tar_is_read_anew(self, tars, tmp_path, harm):

@@ -189,3 +189,16 @@ def test_bad_input_of_several_processes_is_told_once(long_run, tmp_path):
     assert "already holds a run" in said[0]
     assert "already holds a run" not in said[1]
     assert "Traceback" not in said[0] + said[1]
+
+
+def test_more_processes_than_a_batch_has_crops_are_refused_before_anything_is_written(long_run, tmp_path):
+    """A number that merely does not divide the batch is fine (tests/test_processes.py has 9 crops in two processes)."""
+    options = ("--out", tmp_path / "run", "--set", "batch_size=2")
+    started = start("-m", "steadyvq", "train", long_run, *options, processes=3)
+    said = [process.communicate(timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2, 2], said
+    assert (
+        said[0] == "steadyvq train: batch_size is 2, but 3 processes share it: give every process at least one item\n"
+    )
+    assert said[1:] == ["", ""]
+    assert not (tmp_path / "run").exists()

@@ -45,6 +45,7 @@ def begin(config: RunConfig, path: Path, *, dry_run: bool) -> int:
         return 0
     processes = Processes(config.precision)
     processes.first(lambda: check_free(path))
+    processes.first(lambda: processes.shares(config.batch_size))
     photographs = load_photographs(config)
     config = with_counted_epoch(config, photographs)
     task = TokenizerTask(config, photographs)
@@ -93,7 +94,9 @@ def _resume(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(run.config.to_yaml(), end="")
         return 0
-    return _fit(TokenizerTask(run.config), run, Processes(run.config.precision), resume=True)
+    processes = Processes(run.config.precision)
+    processes.first(lambda: processes.shares(run.config.batch_size))
+    return _fit(TokenizerTask(run.config), run, processes, resume=True)
 
 
 def _changed(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:

@@ -15,6 +15,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,8 @@ class TarSet:
         if known is not None:
             return known
         cache = self._cache(path)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with cache.with_suffix(".lock").open("w") as lock:
+        with _locked(cache.with_suffix(".lock")):
             # Processes of one run wait for each other instead of reading the same tar.
-            fcntl.flock(lock, fcntl.LOCK_EX)
             known = self._cached(path)
             if known is None:
                 before = path.stat()
@@ -199,6 +198,22 @@ class TarSet:
                 "that hold classes with :label=ENDING, or one that no file has"
             )
         return int(text)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Inside this context no other process is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise ValueError(
+            f"what lies in tar files is kept in {path.parent}, which cannot be written ({error.strerror}): set "
+            "XDG_CACHE_HOME to a folder that can"
+        ) from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _matching(library: Any, pattern: str, address: Address) -> list[Path]:

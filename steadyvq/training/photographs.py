@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The photographs that a configuration names, and the crops that it trains and is evaluated on."""
 
+import os
 from dataclasses import replace
 
 from steadyvq.data import (
@@ -26,7 +27,8 @@ def load_photographs(config: RunConfig) -> Collection | ImageSource:
 def photographs_of(data: DataConfig) -> Collection | ImageSource:
     """The photographs of a source; shows how far it is where tar files must be read through first."""
     if total := unread_tars(data.source):
-        with ProgressReport("index (bytes)", total) as progress:
+        told_elsewhere = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) > 0
+        with ProgressReport("index (bytes)", total, quiet=told_elsewhere) as progress:
             read_tars(data.source, progress.advance_by)
     return open_photographs(data.source, data.streaming, data.crop_size, data.max_side, data.test_fraction)
 
