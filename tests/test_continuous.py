@@ -147,6 +147,8 @@ def test_tokenizers_and_autoencoders_are_told_apart(tmp_path):
     assert import_checkpoint(tmp_path / "vq.ckpt").format == "taming"
     with pytest.raises(ValueError, match="no autoencoder of the format diffusers_kl"):
         import_autoencoder(tmp_path / "kl.ckpt", "diffusers_kl")
+    with pytest.raises(ValueError, match=r"unknown format 'k1': known are .*diffusers_kl.*did you mean 'kl'"):
+        import_checkpoint(tmp_path / "kl.ckpt", "k1")
     torch.save({"a.b": torch.zeros(3)}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=r"unknown .*taming.*kl \(latent diffusion and FLUX.*diffusers_kl"):
         import_checkpoint(tmp_path / "other.ckpt")

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from steadyvq.interop.layouts import DIFFUSERS, LLAMAGEN, MAGVIT, TAMING, Dialect, Pair, shape_of
-from steadyvq.quantizers.names import look_up
+from steadyvq.quantizers.names import unknown
 
 State = Mapping[str, Tensor]
 EMBEDDING = "quantize.embedding.weight"
@@ -157,8 +157,9 @@ def format_named(name: str) -> Format:
             f"the format is {name} ({CONTINUOUS[name][0]}), which has no quantizer and so is no tokenizer: read it with "
             "import_autoencoder or `steadyvq import`, and put a quantizer inside with `steadyvq transplant`"
         )
-    found: Format = look_up("format", name, FORMATS)
-    return found
+    if name not in FORMATS:
+        raise unknown("format", name, [*FORMATS, *CONTINUOUS])
+    return FORMATS[name]
 
 
 def recognise(state: State) -> str:
