@@ -12,6 +12,8 @@ import yaml
 from conftest import tiny_recipe
 from runs import log
 
+from steadyvq.cli import main
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
@@ -70,3 +72,9 @@ def test_scripts_say_what_they_need(script, tmp_path):
     done = call(script, "three_stages", cwd=tmp_path)
     assert done.returncode == 2
     assert "usage:" in done.stderr
+
+
+def test_two_ways_to_continue_are_refused(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("{}\n")
+    assert main(["train", "--resume", str(tmp_path), "--auto-resume"]) == 2
+    assert "leave out one of them" in capsys.readouterr().err
