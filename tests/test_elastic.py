@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import tiny_recipe
-from runs import assert_same, free_port, log, start, state, wait
+from runs import assert_same, free_port, log, start, state
 
 from steadyvq import Tokenizer
 from steadyvq.training.checkpoint import latest_checkpoint
@@ -85,7 +85,8 @@ def test_a_killed_worker_is_started_again(recipe, whole):
     assert Tokenizer.from_pretrained(run / "tokenizer").encode
     # A third start finds nothing left to do.
     before = (run / "log.jsonl").read_bytes()
-    wait(start(*words, "--auto-resume"))
+    (again,) = start(*words, "--auto-resume")
+    assert again.wait(timeout=PATIENCE) == 0
     assert (run / "log.jsonl").read_bytes() == before
 
 
