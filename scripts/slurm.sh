@@ -17,13 +17,8 @@ if [ $# -lt 2 ]; then
 fi
 recipe=$1 run=$2
 shift 2
-if [ -f "$run/config.yaml" ]; then
-    set -- --resume "$run"
-else
-    set -- "$recipe" --out "$run" "$@"
-fi
 export OMP_NUM_THREADS=1
-srun --kill-on-bad-exit=1 python -m steadyvq train "$@"
+srun --kill-on-bad-exit=1 python -m steadyvq train "$recipe" --out "$run" --auto-resume "$@"
 if grep -q '"status": "interrupted"' "$run/run.json"; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -226,6 +226,10 @@ class TestShares:
         slurm = {"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "4"}
         assert launched({}) == (1, 1)
         assert launched(torchrun) == (4, 2)
+        restarted = {**torchrun, "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        assert launched(restarted) == (4, 2)
+        with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"):
+            launched({**restarted, "TORCHELASTIC_USE_AGENT_STORE": "True"})
         assert launched(slurm) == (4, 2)
         assert launched({**slurm, **torchrun}) == (4, 2), "torchrun inside a SLURM job"
         assert launched({**slurm, "SLURM_JOB_NAME": "bash"}) == (1, 1)

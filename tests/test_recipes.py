@@ -2,12 +2,11 @@
 """The published recipes: their numbers against the papers', their commands, their parts, their tiny variants."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from clusters import command_lines, resolved
 from safetensors.torch import save_file
 
 from steadyvq.cli import main
@@ -102,32 +101,48 @@ def test_vqgan_lc_warms_up_for_five_epochs():
     assert config.optim.warmup_steps == pytest.approx(5 * IMAGENET / config.batch_size, abs=1)
 
 
-def resolved(line: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
-    """What a command of a cluster would train: every process gets its words behind `python -m steadyvq train`."""
-    words = shlex.split(line[line.index("scripts/") :])
-    assert words[0] in ("scripts/torchrun.sh", "scripts/slurm.sh")
-    words[words.index("--data") + 1] = str(photos)
-    assert main(["train", words[1], "--out", words[2], *words[3:], "--dry-run"]) == 0, line
-    shown: dict[str, object] = yaml.safe_load(capsys.readouterr().out)
-    assert shown["data"]["source"] == str(photos)
-    return {**shown, "recipe": words[1]}
+@pytest.fixture
+def cluster(tmp_path, monkeypatch, photos) -> Path:
+    """The folder of somebody on a cluster, with the data sets that the commands name."""
+    for name in ("imagenet", "celeba", "celebahq"):
+        (tmp_path / name).symlink_to(photos)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_the_commands_of_a_recipe_resolve(name, photos, capsys):
-    lines = [line.removeprefix("#   ") for line in text_of(name).splitlines() if line.startswith("#   ")]
+def test_the_commands_of_a_recipe_resolve(name, cluster, capsys):
+    """On a machine with eight GPUs; each of them goes on if it is given again."""
+    lines = command_lines(
+        "\n".join(line.removeprefix("#") for line in text_of(name).splitlines() if line.startswith("#   "))
+    )
     assert lines
     for line in lines:
-        shown = resolved(line, photos, capsys)
+        options, shown = resolved(line, cluster, capsys)
         assert shown["title"] == shown["recipe"] == name
+        assert shown["auto_resume"]
+        assert options.nproc_per_node == "8"
+        assert shown["batch_size"] % 8 == 0
 
 
-def test_the_commands_of_the_page_resolve(photos, capsys):
-    lines = [line for line in (ROOT / "docs" / "recipes.md").read_text().splitlines() if " scripts/" in f" {line}"]
-    commands = [line for line in lines if line.startswith(("scripts/", "sbatch "))]
-    assert len(commands) == 2
-    for line in commands:
-        assert resolved(line, photos, capsys)["title"] == "nsvq_imagenet128"
+def test_the_commands_of_the_page_resolve(cluster, capsys):
+    lines = command_lines((ROOT / "docs" / "recipes.md").read_text())
+    assert len(lines) == 3
+    found = [resolved(line, cluster, capsys) for line in lines]
+    assert all(shown["title"] == "nsvq_imagenet128" for _, shown in found)
+    assert [options and options.nproc_per_node for options, _ in found] == ["8", None, "4"]
+
+
+def test_the_commands_of_the_page_on_clusters_resolve(cluster, capsys):
+    """One machine, several with and without SLURM, machines that come and go, and less memory."""
+    lines = command_lines((ROOT / "docs" / "clusters.md").read_text())
+    assert len(lines) >= 6
+    found = [resolved(line, cluster, capsys) for line in lines]
+    assert all(shown["auto_resume"] for _, shown in found)
+    launchers = [options for options, _ in found if options is not None]
+    assert {options.nnodes for options in launchers} == {"1:1", "2", "2:4"}
+    assert {options.max_restarts for options in launchers} >= {0, 3}
+    assert any(shown["strategy"] == "fsdp" and shown["activation_checkpointing"] for _, shown in found)
 
 
 @pytest.mark.parametrize("name", FACTS)

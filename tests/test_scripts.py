@@ -12,6 +12,8 @@ import yaml
 from conftest import tiny_recipe
 from runs import log
 
+from steadyvq.cli import main
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
@@ -27,12 +29,13 @@ def call(script: str, *arguments: object, cwd: Path, **variables: str) -> "subpr
 @pytest.mark.recovery
 def test_torchrun_trains_and_continues(photos, tmp_path):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe(photos)))
-    first = call("torchrun.sh", "tiny.yaml", "run", "--set", "epochs=2", cwd=tmp_path, PROCESSES="2")
+    words = ("tiny.yaml", "run", "--set", "epochs=2")
+    first = call("torchrun.sh", *words, cwd=tmp_path, PROCESSES="2")
     assert first.returncode == 0, first.stderr
     assert "2 processes" in first.stderr
     (newest,) = (tmp_path / "run" / "checkpoints").glob("step-*")
     newest.unlink()
-    again = call("torchrun.sh", "tiny.yaml", "run", cwd=tmp_path, PROCESSES="2")
+    again = call("torchrun.sh", *words, cwd=tmp_path, PROCESSES="2")
     assert again.returncode == 0, again.stderr
     assert [row["step"] for row in log(tmp_path / "run") if row["kind"] == "eval"] == [4, 8]
 
@@ -54,10 +57,14 @@ def test_slurm_resolves_its_command_and_queues_itself_again(photos, tmp_path):
     assert not (tmp_path / "requeued").exists()
     (tmp_path / "run" / "config.yaml").write_text(new.stdout)
     (tmp_path / "run" / "run.json").write_text(json.dumps({"status": "interrupted"}, indent=2))
-    again = call("slurm.sh", "tiny.yaml", "run", "--set", "epochs=9", cwd=tmp_path, **variables)
+    changed = ("--set", "epochs=7", "--set", "micro_batch_size=2")
+    again = call("slurm.sh", "tiny.yaml", "run", *changed, cwd=tmp_path, **variables)
     assert again.returncode == 0, again.stderr
-    assert yaml.safe_load(again.stdout)["epochs"] == 7, "a resumed run keeps its configuration"
+    assert yaml.safe_load(again.stdout)["micro_batch_size"] == 2, "what may change at a resume"
     assert (tmp_path / "requeued").read_text().strip() == "requeue 17"
+    other = call("slurm.sh", "tiny.yaml", "run", "--set", "epochs=9", cwd=tmp_path, **variables)
+    assert other.returncode == 2
+    assert "was trained with another configuration (differs in epochs)" in other.stderr
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh"])
@@ -65,3 +72,9 @@ def test_scripts_say_what_they_need(script, tmp_path):
     done = call(script, "three_stages", cwd=tmp_path)
     assert done.returncode == 2
     assert "usage:" in done.stderr
+
+
+def test_two_ways_to_continue_are_refused(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("{}\n")
+    assert main(["train", "--resume", str(tmp_path), "--auto-resume"]) == 2
+    assert "leave out one of them" in capsys.readouterr().err

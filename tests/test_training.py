@@ -614,6 +614,7 @@ def test_the_defaults_are_those_that_the_evidence_was_made_with():
     assert plain["stages"][0].pop("ramp") == {}
     assert [plain.pop(name) for name in ("train", "init_parts", "latent")] == ["all", "all", 0.0]
     assert [plain.pop(name) for name in ("perceptual", "perceptual_net", "perceptual_weights")] == [0.0, "vgg", None]
+    assert [plain.pop(name) for name in ("compile", "activation_checkpointing", "strategy")] == [False, False, "ddp"]
     text = json.dumps(plain, sort_keys=True)
     assert hashlib.sha256(text.encode()).hexdigest()[:12] == "fde532dc0a13"
 

@@ -360,7 +360,7 @@ def main() -> int:
     arguments = parser.parse_args()
     config = toy_config(arguments.task, arguments.photos, arguments.set)
     torch.set_num_threads(1)
-    processes = Processes(config.precision)
+    processes = Processes(config.precision, config.strategy)
     task = TASKS[arguments.task](config)
     run = RunFolder(arguments.run, config)
     engine = Engine(task, run, resume=arguments.resume, quiet=True, processes=processes)

@@ -101,6 +101,9 @@ def _add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--train", choices=("all", "decoder", "codebook"), help="what learns after --init-from (default: all of it)"
     )
     train.add_argument("--resume", type=Path, metavar="RUN", help="continue an interrupted run")
+    train.add_argument(
+        "--auto-resume", action="store_true", help="continue the run in --out if there is one, else begin it"
+    )
     train.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
 
 

@@ -30,20 +30,36 @@ def train(arguments: argparse.Namespace) -> int:
     if arguments.recipe is None:
         raise ValueError("no recipe given: name one (`steadyvq list recipes`), a YAML file, or --resume RUN")
     config = _config(arguments)
+    path = arguments.out or Path("runs") / Path(arguments.recipe).stem
     if config.init_from is None and all("encoder" in stage.frozen for stage in config.stages):
         raise ValueError(
             "no stage trains the encoder, and there are no weights to start from: name a run with --init-from, or use "
             "`steadyvq transplant`"
         )
-    return begin(config, arguments.out or Path("runs") / Path(arguments.recipe).stem, dry_run=arguments.dry_run)
+    if arguments.auto_resume:
+        return _begin_or_go_on(config, path, dry_run=arguments.dry_run)
+    return begin(config, path, dry_run=arguments.dry_run)
 
 
-def begin(config: RunConfig, path: Path, *, dry_run: bool) -> int:
+def _begin_or_go_on(config: RunConfig, path: Path, *, dry_run: bool) -> int:
+    """What a launcher may start again with the same words: it begins a run, or goes on with it."""
+    processes = None if dry_run else Processes(config.precision, config.strategy)
+
+    def begun() -> bool:
+        return (path / "config.yaml").is_file()
+
+    # One process looks for all: other machines may not see the folder yet.
+    if begun() if processes is None else processes.first(begun):
+        return _go_on(RunFolder.open(path), config, processes, dry_run=dry_run)
+    return begin(config, path, processes, dry_run=dry_run)
+
+
+def begin(config: RunConfig, path: Path, processes: Processes | None = None, *, dry_run: bool) -> int:
     """Trains a configuration into a new run folder, or only prints it."""
     if dry_run:
         print(config.to_yaml(), end="")
         return 0
-    processes = Processes(config.precision)
+    processes = processes or Processes(config.precision, config.strategy)
     processes.first(lambda: check_free(path))
     processes.first(lambda: processes.shares(config.batch_size))
     photographs = load_photographs(config)
@@ -72,29 +88,41 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 
 def _resume(arguments: argparse.Namespace) -> int:
     run = RunFolder.open(arguments.resume)
+    if arguments.auto_resume:
+        raise ValueError(
+            "--auto-resume and --resume were both given: --resume RUN continues a run that is there, --auto-resume that in "
+            "--out, so leave out one of them"
+        )
     if arguments.out is not None:
         raise ValueError("--out and --resume were both given: a resumed run goes on in its own folder, leave out --out")
     if arguments.init_from is not None:
         raise ValueError(
             "--init-from and --resume were both given: a resumed run has its weights, leave out --init-from"
         )
+    asked = None
     if arguments.recipe or arguments.set or arguments.data or arguments.quantizer or arguments.train:
         asked = _config(arguments) if arguments.recipe else _changed(run.config, arguments)
+    return _go_on(run, asked, dry_run=arguments.dry_run)
+
+
+def _go_on(run: RunFolder, asked: RunConfig | None, processes: Processes | None = None, *, dry_run: bool) -> int:
+    """Continues a run, with other settings where they may change."""
+    if asked is not None:
         if asked.data.epoch_samples is None:
             # Counted when the run began.
             asked = replace(asked, data=replace(asked.data, epoch_samples=run.config.data.epoch_samples))
         changed = [n for n in differences(asked.to_dict(), run.config.to_dict()) if n not in MAY_CHANGE]
         if changed:
             raise ValueError(
-                f"{arguments.resume} was trained with another configuration (differs in {', '.join(changed[:5])}): "
+                f"{run.path} was trained with another configuration (differs in {', '.join(changed[:5])}): "
                 f"resume it without recipe, and with --set for {', '.join(MAY_CHANGE)} alone, or train anew into another "
                 "folder with --out"
             )
         run = RunFolder(run.path, asked)
-    if arguments.dry_run:
+    if dry_run:
         print(run.config.to_yaml(), end="")
         return 0
-    processes = Processes(run.config.precision)
+    processes = processes or Processes(run.config.precision, run.config.strategy)
     processes.first(lambda: processes.shares(run.config.batch_size))
     return _fit(TokenizerTask(run.config), run, processes, resume=True)
 
@@ -184,7 +212,9 @@ def _cut(engine: Engine) -> str:
     shares, count = engine.stepper.shares, engine.processes.count
     if count == 1 and len(shares) == 1:
         return ""
-    return f" ({count} processes, {len(shares)} micro-batches of up to {len(shares[0])} in each)"
+    cut = engine.networks.cut
+    held = "" if cut is None else f", about {cut.share:.0%} of the weights"
+    return f" ({count} processes, {len(shares)} micro-batches of up to {len(shares[0])} in each{held})"
 
 
 def demo(arguments: argparse.Namespace) -> int:

@@ -1,12 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a process takes at most, beyond what it held before."""
+"""How much memory a process takes at most, beyond what it held before; how much autograd keeps of a forward."""
 
 import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class KeptForBackward(torch.autograd.graph.saved_tensors_hooks):
+    """Inside this context: counts the bytes that autograd keeps of what is computed, each memory once.
+
+    It needs shapes alone, so networks of any size can be counted on the device `meta`.
+
+    Args:
+        known: Modules whose weights and buffers do not count.
+    """
+
+    def __init__(self, *known: nn.Module) -> None:
+        tensors = [tensor for module in known for tensor in (*module.parameters(), *module.buffers())]
+        self._known = {tensor.untyped_storage()._cdata for tensor in tensors}
+        self._kept: dict[int, Tensor] = {}
+        super().__init__(self._pack, _as_it_is)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in self._known:
+            # Held, or another memory might get the same key.
+            self._kept.setdefault(key, tensor.detach())
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        """So far."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class PeakMemory:

@@ -24,7 +24,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steadyvq.models.blocks import AdaptiveNorm, group_norm, res_blocks
+from steadyvq.models.blocks import AdaptiveNorm, Blocks, group_norm, res_blocks
 from steadyvq.models.vqgan import VqganDecoder, VqganEncoder
 
 
@@ -71,8 +71,8 @@ class Encoder(nn.Module):
             layers = res_blocks(before, width, num_res_blocks, groups=groups)
             if level < len(widths) - 1:
                 layers.append(_downsample(width))
-            self.levels.append(nn.Sequential(*layers))
-        self.mid = nn.Sequential(*res_blocks(widths[-1], widths[-1], num_mid_blocks, groups=groups))
+            self.levels.append(Blocks(*layers))
+        self.mid = Blocks(*res_blocks(widths[-1], widths[-1], num_mid_blocks, groups=groups))
         self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 1)
 
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [channels * multiplier for multiplier in multipliers][::-1]
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
-        self.mid = nn.Sequential(*res_blocks(widths[0], widths[0], num_mid_blocks, groups=groups))
+        self.mid = Blocks(*res_blocks(widths[0], widths[0], num_mid_blocks, groups=groups))
         self.levels = nn.ModuleList()
         entering = [widths[0], *widths[:-1]]
         norms = [AdaptiveNorm(z_channels, before, groups) for before in entering] if adaptive else None
@@ -129,7 +129,7 @@ class Decoder(nn.Module):
             layers = res_blocks(before, width, num_res_blocks, groups=groups)
             if level < len(widths) - 1:
                 layers.append(_upsample(width))
-            self.levels.append(nn.Sequential(*layers))
+            self.levels.append(Blocks(*layers))
         self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], out_channels * patch**2, 3, padding=1)
         self.unfold = nn.PixelShuffle(patch)

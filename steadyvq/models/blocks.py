@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks of encoders and decoders: residual, attention, and the ways to change the resolution.
+"""Blocks of encoders and decoders: residual, attention, the ways to change the resolution, and rows of them.
 
 Source: the encoder and decoder of VQGAN (arXiv 2012.09841), which follow DDPM (arXiv 2006.11239, appendix B); the adaptive
 group norm is that of MAGVIT-v2's decoder as in Open-MAGVIT2.
 """
 
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 NORM_EPS = 1e-6
 
@@ -36,6 +40,45 @@ def group_norm(channels: int, groups: int | None = None, affine: bool = True) ->
             f"groups is {groups}, but a layer has {channels} channels: choose a divisor, or null for each width's own."
         )
     return nn.GroupNorm(groups, channels, eps=NORM_EPS, affine=affine)
+
+
+def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Return `function(*arguments)`; what is inside is not kept for backward but computed there a second time.
+
+    Only what draws no random numbers and keeps no statistics may be computed twice. Without gradients nothing is kept anyway.
+    """
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    out: Tensor = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
+class Blocks(nn.Sequential):
+    """A row of layers that takes nearly all the time and memory of a network: what is compiled, recomputed and sharded.
+
+    Args:
+        layers: One after the other.
+        starts: Numbers of the layers with which the pieces begin that are recomputed one at a time (None: every layer).
+
+    Attributes:
+        recompute: Keep the inputs of the pieces alone for backward, which saves memory and costs a forward more.
+    """
+
+    def __init__(self, *layers: nn.Module, starts: Sequence[int] | None = None) -> None:
+        super().__init__(*layers)
+        self.starts = tuple(range(len(layers)) if starts is None else starts)
+        self.recompute = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x through all layers."""
+        for first, end in pairwise((*self.starts, len(self))):
+            x = recomputed(self._piece, first, end, x) if self.recompute else self._piece(first, end, x)
+        return x
+
+    def _piece(self, first: int, end: int, x: Tensor) -> Tensor:
+        for i in range(first, end):
+            x = self[i](x)
+        return x
 
 
 class ResBlock(nn.Module):

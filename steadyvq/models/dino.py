@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from steadyvq.models.blocks import recomputed
 from steadyvq.models.discriminator import Norm, normalisation, weights_path
 
 HEAD_DIM = 64
@@ -88,6 +89,8 @@ class DinoFeatures(nn.Module):
 
     mean: Tensor
     std: Tensor
+    recompute = False
+    """Keep the tokens between blocks alone for backward."""
 
     def __init__(self, tensors: Mapping[str, Tensor], image_size: int) -> None:
         super().__init__()
@@ -112,7 +115,9 @@ class DinoFeatures(nn.Module):
         start = self._tensor("cls_token").expand(len(x), -1, -1)
         states = [torch.cat([start, x], 1) + self.pos_embed]
         for block in range(self.depth):
-            states.append(self._block(f"blocks.{block}", states[-1]))
+            name, before = f"blocks.{block}", states[-1]
+            again = self.recompute and before.requires_grad
+            states.append(recomputed(self._block, name, before) if again else self._block(name, before))
         return states
 
     def _block(self, name: str, x: Tensor) -> Tensor:

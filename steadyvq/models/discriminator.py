@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steadyvq.models.blocks import group_count
+from steadyvq.models.blocks import Blocks, group_count
 
 DISCRIMINATORS = ("patch", "stylegan", "dino")
 Norm = Literal["batch", "group"]
@@ -103,7 +103,10 @@ class PatchDiscriminator(nn.Module):
                 normalisation(norm, width),
                 nn.LeakyReLU(0.2),
             ]
-        self.layers = nn.Sequential(*stages, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        stages.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
+        # Recomputed up to the next convolution: its input is all that is kept of the layers between.
+        starts = [i for i, layer in enumerate(stages) if isinstance(layer, nn.Conv2d)]
+        self.layers = Blocks(*stages, starts=starts)
         self.apply(_start_small)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -183,7 +186,7 @@ class StyleGanDiscriminator(nn.Module):
         sizes = [image_size >> level for level in range(image_size.bit_length() - 2)]
         widths = [max(8, int(width * min(512, 512 * 32 // size))) for size in sizes]
         self.start = nn.Sequential(nn.Conv2d(3, widths[0], 3, padding=1), nn.LeakyReLU(0.2))
-        self.blocks = nn.Sequential(*(_DownBlock(a, b) for a, b in pairwise(widths)))
+        self.blocks = Blocks(*(_DownBlock(a, b) for a, b in pairwise(widths)))
         last = widths[-1]
         self.end = nn.Sequential(nn.Conv2d(last, last, 3, padding=1), nn.LeakyReLU(0.2), nn.Flatten())
         self.logit = nn.Sequential(nn.Linear(last * 16, last), nn.LeakyReLU(0.2), nn.Linear(last, 1))

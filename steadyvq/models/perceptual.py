@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from steadyvq.models.blocks import recomputed
+
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """What version 0.1 does to images in [-1, 1]: (x - shift) / scale, per colour."""
 EPS = 1e-10
@@ -126,6 +128,8 @@ class LPIPS(nn.Module):
 
     shift: Tensor
     scale: Tensor
+    recompute = False
+    """Keep what enters and leaves the five blocks alone for backward."""
 
     def __init__(self, net: str, weights: Mapping[str, Tensor], weights_hash: str = "") -> None:
         super().__init__()
@@ -163,13 +167,20 @@ class LPIPS(nn.Module):
         """Activations of the five layers, each (B, C, h, w)."""
         x, found = (images.to(self.shift.dtype) - self.shift) / self.scale, []
         for block in self.classifier.blocks:
-            if block.pool is not None:
-                x = F.max_pool2d(x, *block.pool)
+            again = self.recompute and x.requires_grad  # originals are constants, of which nothing is kept
+            x = recomputed(self._block, block, x) if again else self._block(block, x)
+            found.append(x)
+        return found
+
+    def _block(self, block: Block, x: Tensor) -> Tensor:
+        if block.pool is not None:
+            x = F.max_pool2d(x, *block.pool)
+        # Once more, since backward may come here by itself.
+        with full_precision(x.device):
             for c in block.convolutions:
                 weight, bias = self._weight(f"conv_{c.index}_weight"), self._weight(f"conv_{c.index}_bias")
                 x = F.relu(F.conv2d(x, weight, bias, c.stride, c.padding))
-            found.append(x)
-        return found
+        return x
 
     def _check(self, first: Tensor, second: Tensor) -> None:
         if first.shape != second.shape or first.dim() != 4 or first.shape[1] != 3:

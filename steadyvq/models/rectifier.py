@@ -12,7 +12,7 @@ Differs from the source: f is convolutions and residual blocks instead of Effici
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steadyvq.models.blocks import group_norm, res_blocks
+from steadyvq.models.blocks import Blocks, group_norm, res_blocks
 
 
 class Rectifier(nn.Module):
@@ -28,7 +28,7 @@ class Rectifier(nn.Module):
     def __init__(self, dim: int, width: int, blocks: int, groups: int | None = None) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(dim, width, 3, padding=1)
-        self.blocks = nn.Sequential(*res_blocks(width, width, blocks, groups=groups))
+        self.blocks = Blocks(*res_blocks(width, width, blocks, groups=groups))
         self.norm_out = group_norm(width, groups)
         self.conv_out = nn.Conv2d(width, dim, 1)
         nn.init.zeros_(self.conv_out.weight)

@@ -20,7 +20,14 @@ from collections.abc import Collection, Iterable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steadyvq.models.blocks import NearestUpsample, PaddedDownsample, attending_blocks, group_norm, middle_blocks
+from steadyvq.models.blocks import (
+    Blocks,
+    NearestUpsample,
+    PaddedDownsample,
+    attending_blocks,
+    group_norm,
+    middle_blocks,
+)
 
 
 class VqganEncoder(nn.Module):
@@ -57,8 +64,8 @@ class VqganEncoder(nn.Module):
             layers = attending_blocks(before, width, num_res_blocks, attention=level in attention, groups=groups)
             if level < len(widths) - 1:
                 layers.append(PaddedDownsample(width))
-            self.levels.append(nn.Sequential(*layers))
-        self.mid = nn.Sequential(*middle_blocks(widths[-1], attention=mid_attention, groups=groups))
+            self.levels.append(Blocks(*layers))
+        self.mid = Blocks(*middle_blocks(widths[-1], attention=mid_attention, groups=groups))
         self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
@@ -105,14 +112,14 @@ class VqganDecoder(nn.Module):
         widths = [channels * multiplier for multiplier in multipliers][::-1]
         highest = len(widths) - 1
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
-        self.mid = nn.Sequential(*middle_blocks(widths[0], attention=mid_attention, groups=groups))
+        self.mid = Blocks(*middle_blocks(widths[0], attention=mid_attention, groups=groups))
         self.levels = nn.ModuleList()
         for level, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False)):
             attends = highest - level in attention
             layers = attending_blocks(before, width, num_res_blocks, attention=attends, groups=groups)
             if level < highest:
                 layers.append(NearestUpsample(width))
-            self.levels.append(nn.Sequential(*layers))
+            self.levels.append(Blocks(*layers))
         self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 

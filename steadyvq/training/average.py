@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from steadyvq.training.sharding import local, part_of
+
 
 class WeightAverage:
     """Exponential moving average of a module's parameters and of the buffers that training changes.
@@ -17,6 +19,10 @@ class WeightAverage:
     Args:
         module: The module to average; its tensors are read at every `update`.
         decay: d in [0, 1); 0 follows the weights exactly.
+
+    Attributes:
+        tensors: What is averaged, by name.
+        shadow: The averages.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -24,17 +30,18 @@ class WeightAverage:
             raise ValueError(f"ema_decay is {decay}, but a moving average needs a decay in [0, 1)")
         self.decay = decay
         self.steps = 0
-        self._live = dict(_averaged(module))
-        self.shadow = {name: tensor.detach().clone() for name, tensor in self._live.items()}
-        self._names = {id(tensor): name for name, tensor in self._live.items()}
+        self.tensors = dict(_averaged(module))
+        # Of networks that are cut up among processes, the part of this one.
+        self._live = {name: local(tensor) for name, tensor in self.tensors.items()}
+        self.shadow = {name: tensor.clone() for name, tensor in self._live.items()}
+        self._names = {id(tensor): name for name, tensor in self.tensors.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Takes in the weights of one optimiser step."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         self.steps += 1
-        shadow, live = list(self.shadow.values()), [tensor.detach() for tensor in self._live.values()]
-        torch._foreach_lerp_(shadow, live, 1 - decay)
+        torch._foreach_lerp_(list(self.shadow.values()), list(self._live.values()), 1 - decay)
 
     @torch.no_grad()
     def copy_rows(self, tensor: Tensor, rows: Tensor) -> None:
@@ -52,7 +59,7 @@ class WeightAverage:
         for _, tensor in _averaged(module):
             name = self._names.get(id(tensor))
             if name is not None:
-                self.shadow[name].copy_(tensor)
+                self.shadow[name].copy_(self._live[name])
 
     @contextmanager
     @torch.no_grad()
@@ -67,12 +74,12 @@ class WeightAverage:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, tensor in self._live.items():
-            live = tensor.detach().clone()
+            live = tensor.clone()
             tensor.copy_(self.shadow[name])
             self.shadow[name].copy_(live)
 
     def state_dict(self) -> dict[str, object]:
-        """The averages and the number of updates."""
+        """The averages and the number of updates; of what is cut, the part of this process."""
         return {"steps": self.steps, "shadow": dict(self.shadow)}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
@@ -82,7 +89,7 @@ class WeightAverage:
         assert isinstance(shadow, dict)
         self.steps = steps
         for name, tensor in self.shadow.items():
-            tensor.copy_(shadow[name])
+            tensor.copy_(part_of(self.tensors[name], shadow[name]))
 
 
 def _averaged(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -179,6 +179,12 @@ class RunConfig:
             what they are), or the `codebook` alone.
         seed: Of everything random.
         precision: `32-true` or `bf16-mixed`.
+        compile: Compile the blocks of encoder, decoder and discriminator with torch.compile. The result is the same but for
+            rounding; evaluations are never compiled.
+        activation_checkpointing: Keep few activations of these blocks and of LPIPS for backward, and compute the others
+            again. The result is the same to the last bit.
+        strategy: What several processes share: with `ddp` each has all weights, with `fsdp` a part of those of encoder,
+            decoder and discriminator, and the whole quantizer. The result is the same but for rounding.
         eval_every: Epochs between evaluations on held-out photographs.
         checkpoint_every: Epochs between checkpoints.
         keep_checkpoints: How many are kept, beside the one with the best evaluation.
@@ -206,6 +212,9 @@ class RunConfig:
     train: Literal["all", "decoder", "codebook"] = "all"
     seed: int = 0
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     eval_every: int = 2
     checkpoint_every: int = 1
     keep_checkpoints: int = 1
@@ -310,8 +319,8 @@ class RunConfig:
         So a setting that a later version adds does not rename the runs of today. A changed default does change them in
         silence; a test holds the defaults.
         """
-        # Workers decide how fast a batch comes, not what is in it.
-        plain = replace(self, data=replace(self.data, workers=None))
+        # Neither how fast a batch comes nor what is computed twice changes a bit of the result.
+        plain = replace(self, data=replace(self.data, workers=None), activation_checkpointing=False)
         own = _without(_as_hashed(plain), _as_hashed(RunConfig()))
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
 

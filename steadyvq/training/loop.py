@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from steadyvq.files import write_text
 from steadyvq.quantizers.names import unknown
-from steadyvq.training.average import WeightAverage
 from steadyvq.training.checkpoint import (
     checkpoint_path,
     latest_checkpoint,
@@ -29,6 +28,7 @@ from steadyvq.training.checkpoint import (
 )
 from steadyvq.training.config import resolve
 from steadyvq.training.means import Means
+from steadyvq.training.networks import Networks
 from steadyvq.training.processes import FailedElsewhere, Processes, seed_step
 from steadyvq.training.progress import ProgressReport
 from steadyvq.training.run import RunFolder, differences
@@ -39,7 +39,14 @@ from steadyvq.training.task import StepOutput, Task
 
 BROKEN_STEPS = 10
 
-MAY_CHANGE = ("micro_batch_size", "data.workers", "perceptual_weights")
+MAY_CHANGE = (
+    "micro_batch_size",
+    "data.workers",
+    "perceptual_weights",
+    "compile",
+    "activation_checkpointing",
+    "strategy",
+)
 """Settings that a resumed run may change: they decide how a step is computed, not what it computes."""
 
 
@@ -84,7 +91,7 @@ class Engine:
         processes: Processes | None = None,
     ) -> None:
         self.task, self.run, self.config = task, run, run.config
-        self.processes = processes or Processes(self.config.precision)
+        self.processes = processes or Processes(self.config.precision, self.config.strategy)
         self.quiet = quiet or not self.processes.is_first
         run.read_only = not self.processes.is_first
         self.fabric = self.processes.fabric
@@ -94,26 +101,22 @@ class Engine:
         )
         self.schedule = Schedule(self.config.planned_stages)
         self._check()
-        # The optimisers hold the parameters as they are on the device.
         self.fabric.to_device(task.module)
-        self.optimizers: dict[str, Any] = {
-            name: self.fabric.setup_optimizers(task.optimizer(name)) for name in task.objectives
-        }
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["initial_lr"] = group["lr"]
-        self.average = WeightAverage(task.averaged, optim.ema_decay)
+        checkpoint = self.processes.first(lambda: latest_checkpoint(run.checkpoints)) if resume else None
+        state = None if checkpoint is None else self._read(checkpoint)
+        if state is None:
+            task.prepare()
+        self.networks = Networks(task, self.config, self.processes)
+        self.stepper.cut = self.networks.cut
+        self.optimizers, self.average = self.networks.optimizers, self.networks.average
         self.window, self.epoch_means = Means(), Means()
         self.step, self.seconds, self.broken, self.ended = 0, 0.0, 0, 0
         self.best: dict[str, Any] | None = None
         self._note = ""
         self.models: dict[str, Any] = {}
         self._active: dict[str, nn.Module] = {}
-        checkpoint = self.processes.first(lambda: latest_checkpoint(run.checkpoints)) if resume else None
-        if checkpoint is None:
-            task.prepare()
-        else:
-            self._resume(checkpoint)
+        if state is not None:
+            self._restore(state)
         self.processes.connect(task.module)
         self._enter_stage()
         if checkpoint is None:
@@ -315,13 +318,17 @@ class Engine:
     def _measure(self, done: int, watched: Mapping[str, float], progress: ProgressReport, *, evaluate: bool) -> bool:
         """The first process measures for all; returns whether the evaluation is the best so far."""
 
-        def measure() -> dict[str, Any] | None:
-            probe = self.task.end_epoch(done)
-            self.run.log("probe", **self._where(), **{"commitment": watched.get("commitment"), **probe})
-            return self._validate(progress) if evaluate else None
+        def probe() -> None:
+            found = self.task.end_epoch(done)
+            self.run.log("probe", **self._where(), **{"commitment": watched.get("commitment"), **found})
 
-        with self.processes.alone(self.task.module), _evaluating(self.task.module):
-            best = self.processes.first(measure)
+        best = None
+        with self.processes.alone(self.task.module), _evaluating(self.task.module), self.networks.eager():
+            with self.networks.whole():
+                self.processes.first(probe)
+            if evaluate:
+                with self.average.applied(), self.networks.whole():
+                    best = self.processes.first(lambda: self._validate(progress))
         self.best = best or self.best
         return best is not None
 
@@ -334,12 +341,11 @@ class Engine:
 
     def _validate(self, progress: ProgressReport) -> dict[str, Any] | None:
         """Evaluates the averaged weights; returns what makes it the best evaluation so far, if it is."""
-        with self.average.applied():
-            values = self.task.validate(self.step, self.run)
-            self.task.export(self.run.tokenizer)
-            best = self._better(values)
-            if best is not None:
-                self.task.export(self.run.best)
+        values = self.task.validate(self.step, self.run)
+        self.task.export(self.run.tokenizer)
+        best = self._better(values)
+        if best is not None:
+            self.task.export(self.run.best)
         self.run.log("eval", **self._where(), **values)
         shown = ", ".join(f"{name} {values[name]:.2f}" for name in ("psnr", "utilization") if name in values)
         progress.say(f"step {self.step}: {shown}")
@@ -361,9 +367,10 @@ class Engine:
         """Writes a checkpoint of everything that the rest of the run depends on; keeps the newest and the best."""
         self._log_data()  # the checkpoint knows what could not be read
         path = checkpoint_path(self.run.checkpoints, self.step)
+        state = self._state()
 
         def write() -> None:
-            save_checkpoint(path, self._state())
+            save_checkpoint(path, state)
             kept = set() if self.best is None else {checkpoint_path(self.run.checkpoints, self.best["step"])}
             self._point_to_best()
             if not self.broken:
@@ -384,16 +391,15 @@ class Engine:
             "broken": self.broken,
             "seconds": self.seconds,
             "best": self.best,
-            "module": self.task.module.state_dict(),
-            "optimizers": {name: optimizer.optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "average": self.average.state_dict(),
+            **self.networks.state_dict(),
             "schedule": self.schedule.state_dict(),
             "window": self.window.state_dict(),
             "epoch_means": self.epoch_means.state_dict(),
             "task": self.task.state_dict(),
         }
 
-    def _resume(self, path: Path) -> None:
+    def _read(self, path: Path) -> dict[str, Any]:
+        """The state of a checkpoint, whose weights the modules have from now on."""
         state = load_checkpoint(path)
         # A setting that the version which wrote it did not know had its default.
         written = resolve(state["config"]).to_dict()
@@ -404,9 +410,12 @@ class Engine:
                 "resume with the configuration of its run, or train anew into another folder with --out"
             )
         self.task.module.load_state_dict(state["module"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.optimizer.load_state_dict(state["optimizers"][name])
-        for part in ("average", "schedule", "window", "epoch_means", "task"):
+        return state
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Everything of a checkpoint but the weights."""
+        self.networks.load_state_dict(state)
+        for part in ("schedule", "window", "epoch_means", "task"):
             target = getattr(self, part)
             target.load_state_dict(state[part])
         self.step, self.seconds, self.broken = state["step"], state["seconds"], state["broken"]

@@ -5,14 +5,12 @@ A launcher starts them (torchrun, or srun in a SLURM job); here they find each o
 """
 
 import inspect
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,9 +25,6 @@ Result = TypeVar("Result")
 # Newer versions of torch have another name for it.
 _KNOWN = inspect.signature(DistributedDataParallel.__init__).parameters
 _BROADCAST = "forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers"
-
-# The others wait this long while the first process evaluates or writes a checkpoint.
-PATIENCE = timedelta(hours=4)
 
 
 class FailedElsewhere(Exception):
@@ -52,9 +47,11 @@ class Processes:
 
     Args:
         precision: Of the forward, as Fabric names it.
+        strategy: What they share: all weights (`ddp`), or each a part of them (`fsdp`).
 
     Attributes:
         fabric: Devices, precision, the data-parallel wrapper.
+        cuts: Whether the networks of a task are to be cut up among several processes.
         count: Number of processes.
         rank: Which one this is, from 0.
 
@@ -62,25 +59,13 @@ class Processes:
         ValueError: The environment of the launcher makes no sense.
     """
 
-    def __init__(self, precision: Any = "32-true") -> None:
-        # Importing it takes longer than torch itself, and evaluation, encoding and every refusal do without.
-        from lightning_fabric import Fabric
-        from lightning_fabric.strategies.ddp import DDPStrategy
-        from lightning_fabric.utilities.exceptions import MisconfigurationException
+    def __init__(self, precision: Any = "32-true", strategy: Literal["ddp", "fsdp"] = "ddp") -> None:
+        from steadyvq.training.fabric import make_fabric
 
         devices, nodes = launched(os.environ)
         self.count = devices * nodes
-        options: dict[str, Any] = {}
-        if self.count > 1:
-            options = {"strategy": DDPStrategy(timeout=PATIENCE), "num_nodes": nodes}
-        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-        try:
-            self.fabric = Fabric(accelerator="auto", devices=devices, precision=precision, **options)
-        except MisconfigurationException as error:
-            raise ValueError(
-                f"{devices} processes on this machine do not fit its devices ({error}): start as many as it has GPUs"
-            ) from error
-        self.fabric.launch()
+        self.cuts = strategy == "fsdp" and self.count > 1
+        self.fabric = make_fabric(precision, devices, nodes, cuts=self.cuts)
         self.rank = self.fabric.global_rank
 
     @property
@@ -133,7 +118,7 @@ class Processes:
             all_used: Every such parameter gets a gradient in every step; if not, the wrapper looks for the others at
                 each step, which takes time.
         """
-        if self.count > 1:
+        if self.count > 1 and not self.cuts:
             # Nothing is broadcast between steps: a codebook that is no function of the global batch must show.
             options = {_BROADCAST: False, "find_unused_parameters": not all_used}
             self.fabric.strategy._ddp_kwargs = options  # type: ignore[attr-defined]
@@ -195,11 +180,22 @@ def leave(code: int) -> int:
 def launched(environment: Mapping[str, str]) -> tuple[int, int]:
     """How many processes a launcher has started: (per node, nodes); (1, 1) without one."""
     if "TORCHELASTIC_RUN_ID" in environment:
+        _check_restarts(environment)
         total, local = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
         return local, total // local
     if "SLURM_NTASKS" in environment and "SLURM_PROCID" in environment:
         return _slurm(environment)
     return 1, 1
+
+
+def _check_restarts(environment: Mapping[str, str]) -> None:
+    """Workers of a restart that meet in the launcher's store find the addresses of dead ones there, and wait for them."""
+    restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            f"torchrun may restart its workers {restarts} times, but they would look for the dead ones in the store that it "
+            "shares with them and hang: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, or leave out --max-restarts"
+        )
 
 
 def _slurm(environment: Mapping[str, str]) -> tuple[int, int]:

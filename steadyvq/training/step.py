@@ -19,6 +19,7 @@ from torch.utils import _pytree
 from steadyvq.data import Request
 from steadyvq.quantizers.processes import noise_from
 from steadyvq.training.processes import Processes
+from steadyvq.training.sharding import Shards
 from steadyvq.training.task import StepOutput, Task
 
 Weight = float | Tensor
@@ -54,7 +55,12 @@ class GlobalStep:
         batch_size: Samples of the global batch.
         micro_batch_size: Most samples that one process handles at once (None: its whole share).
         clip: Largest norm of the gradient (None: no clipping).
+
+    Attributes:
+        cut: The networks that are cut up among processes, if any are.
     """
+
+    cut: Shards | None = None
 
     def __init__(
         self, task: Task, processes: Processes, batch_size: int, micro_batch_size: int | None, clip: float | None
@@ -88,7 +94,7 @@ class GlobalStep:
             batch: A micro-batch. In several processes it is gone through once for nothing, to see whether every
                 parameter gets a gradient.
         """
-        if self.processes.count == 1:
+        if self.processes.count == 1 or self.cut is not None:
             return {name: self.processes.wrap(module) for name, module in modules.items()}
         buffers = {buffer: buffer.clone() for buffer in self.task.module.buffers()}
         earlier: dict[str, StepOutput] = {}
@@ -130,7 +136,7 @@ class GlobalStep:
         optimizer.zero_grad(set_to_none=True)
         outputs: list[StepOutput] = []
         weights: list[Weight] = []
-        with _only_trained({id(p) for group in optimizer.param_groups for p in group["params"]}, self.task):
+        with _only_trained({id(p) for p in self.task.trained(objective).parameters()}, self.task):
             for i, batch in enumerate(batches if len(batches) > 1 else ()):
                 noise_from(self.task.module, self.shares[i].start)
                 self.task.survey(objective, batch)
@@ -148,21 +154,30 @@ class GlobalStep:
                 output.loss = output.loss.detach()
                 outputs.append(output)
                 weights.append(weight)
+        if self.cut is not None:
+            self.cut.collect(optimizer.optimizer)
         means, total, broken, added = self._means(outputs, weights, signals)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         # The wrapper has taken the mean over processes.
         factor = self.processes.count / total
         if parameters and not _is_one(factor):
             torch._foreach_mul_([p.grad for p in parameters], factor)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if self.clip is None else self.clip)
+        largest = float("inf") if self.clip is None else self.clip
+        if self.cut is not None:
+            norm = self.cut.clip(optimizer.optimizer, largest)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, largest)
         loss = means.pop("")
         finite = bool(torch.isfinite(norm + loss) & ~broken)
         return Gradient(outputs, loss, means, norm, finite, added)
 
     @contextmanager
     def _synchronised(self, model: nn.Module, *, last: bool) -> Iterator[None]:
-        """The wrapper adds gradients up over processes once, in the backward of the last micro-batch."""
-        if self.processes.count == 1 or last:
+        """The wrapper adds gradients up over processes once, in the backward of the last micro-batch.
+
+        Networks that are cut do so in every backward: each process keeps its part of the sum alone.
+        """
+        if self.processes.count == 1 or last or self.cut is not None:
             yield
             return
         with self.processes.fabric.no_backward_sync(model):  # type: ignore[arg-type]

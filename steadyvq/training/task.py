@@ -66,6 +66,15 @@ class Task(ABC):
         """The part of `module` whose averaged weights are evaluated and exported."""
         return self.module
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Where blocks are that a run may compile or compute twice: `module`, and what its losses look through."""
+        return [self.module]
+
+    def cuttable(self) -> tuple[list[tuple[nn.Module, str]], list[nn.Parameter]]:
+        """What may be cut up among processes: (modules and names of children of theirs, parameters inside that may not)."""
+        return [], []
+
     @abstractmethod
     def parts(self) -> dict[str, list[nn.Module]]:
         """What a stage may freeze, by name."""

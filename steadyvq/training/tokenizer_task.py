@@ -146,6 +146,18 @@ class TokenizerTask(Task):
         """The tokenizer; nobody evaluates a discriminator."""
         return self.tokenizer
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Tokenizer, discriminator, LPIPS."""
+        return [self.module, *([] if self.perceptual is None else [self.perceptual])]
+
+    def cuttable(self) -> tuple[list[tuple[nn.Module, str]], list[nn.Parameter]]:
+        """Encoder, decoder, rectifier, discriminator; the last layer of the decoder measures the adaptive weight."""
+        names = [n for n in ("encoder", "decoder", "rectifier") if [*getattr(self.tokenizer, n).parameters()]]
+        homes: list[tuple[nn.Module, str]] = [(self.tokenizer, name) for name in names]
+        homes += [] if self.adversary is None else [(self.adversary.critic, "network")]
+        return homes, list(self.tokenizer.decoder.conv_out.parameters())
+
     def parts(self) -> dict[str, list[nn.Module]]:
         """Encoder (with pre_quant), decoder (with post_quant), quantizer; the discriminator, if there is one."""
         judges: list[nn.Module] = [] if self.adversary is None else [self.adversary.critic]
