@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a monitor measures: ages of codes at every step, and a close look at one step in a hundred.
+
+The state is O(K): hits and ages of the codes. The close look takes at most `SAMPLE` latents and `SAMPLE` codes.
+All sums go through `reduce`, so that several processes count as one.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steadyvq.diagnosis.adapters import Metric, compared
+from steadyvq.diagnosis.thresholds import IDLE_HITS
+from steadyvq.metrics.usage import UsageMeter
+
+SAMPLE = 256
+"""Latents, and codes, of a close look."""
+AGES = (1, 5, IDLE_HITS, 100)
+"""Bounds of the ages of codes, in tokens per code."""
+BLOCK = 1 << 22
+"""Most distances held at once."""
+TWIN = 0.01
+"""A duplicate lies within this share of a code's own length."""
+MISSED = 1e-5
+"""A look-up missed where a code is nearer than the selected one by more than this share of the squared distance."""
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+class CodeAges:
+    """When each code was last hit, in tokens of this process times the number of processes.
+
+    Args:
+        num_codes: K.
+        device: Where the indices are.
+
+    Attributes:
+        last: Tokens seen at the last hit of each code (K + 1,), -1 for never; the first entry takes masked positions.
+        tokens: Tokens seen by this process (0-d).
+        window: Hits since the last row of the log.
+        peak: The most codes that were alive at once.
+    """
+
+    def __init__(self, num_codes: int, device: torch.device | str = "cpu") -> None:
+        self.num_codes = num_codes
+        self.last = torch.full((num_codes + 1,), -1, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.window = UsageMeter(num_codes, device)
+        self.peak = 0
+
+    def count(self, indices: Tensor) -> None:
+        """Counts one forward; no number leaves the device."""
+        flat = indices.detach().reshape(-1).to(device=self.last.device, dtype=torch.int64) + 1
+        hits = torch.zeros_like(self.last).index_add_(0, flat, torch.ones_like(flat))[1:]
+        self.window.counts += hits
+        self.tokens += hits.sum()
+        self.last[1:] = torch.where(hits > 0, self.tokens, self.last[1:])
+
+    def alive(self, reduce: Reduce) -> dict[str, Any]:
+        """Codes alive now (hit within the last 20 K tokens), at the peak, and lost since; shares of codes by age."""
+        world = int(reduce(torch.ones_like(self.tokens)))
+        seen = self.last[1:] >= 0
+        age = (self.tokens - self.last[1:]) * world
+        within = torch.stack([seen & (age < bound * self.num_codes) for bound in AGES])
+        # A code is as young as in the process that hit it last.
+        counts = [*(reduce(within.to(torch.int64)) > 0).sum(1).tolist(), int((reduce(seen.to(torch.int64)) > 0).sum())]
+        alive = counts[AGES.index(IDLE_HITS)]
+        self.peak = max(self.peak, alive)
+        shares = [count / self.num_codes for count in counts]
+        younger = [0.0, *shares[: len(AGES)]]
+        ages = [b - a for a, b in zip(younger, shares[: len(AGES)], strict=False)]
+        return {
+            "processes": world,
+            "tokens": int(reduce(self.tokens.clone())),
+            "alive": alive,
+            "peak_alive": self.peak,
+            "died": 0.0 if self.peak == 0 else 1 - alive / self.peak,
+            "never_hit": 1 - shares[-1],
+            "ages": dict(zip([f"under_{bound}" for bound in AGES], ages, strict=True))
+            | {"older": shares[-1] - shares[-2]},
+        }
+
+    def usage(self, reduce: Reduce) -> dict[str, Any]:
+        """Use of the codes since the last row, beside its ceiling; begins a new window."""
+        total = UsageMeter(self.num_codes)
+        total.counts += reduce(self.window.counts).cpu()
+        self.window.reset()
+        report = total.report()
+        names = ("tokens", "active", "utilization", "ceiling", "of_ceiling", "perplexity")
+        return {f"window_{name}" if name == "tokens" else name: getattr(report, name) for name in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, for a checkpoint."""
+        state = {"last": self.last.clone(), "tokens": self.tokens.clone(), "window": self.window.counts.clone()}
+        return {**state, "peak": self.peak}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict()`."""
+        self.last.copy_(state["last"])
+        self.tokens.copy_(state["tokens"])
+        self.window.load_state({"counts": state["window"]})
+        self.peak = int(state["peak"])
+
+
+def spaced(count: int, most: int = SAMPLE, device: torch.device | str = "cpu") -> Tensor:
+    """At most `most` positions spread evenly over `count`."""
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().to(torch.int64).to(device)
+
+
+@torch.no_grad()
+def closeness(latents: Tensor, indices: Tensor, table: Tensor, metric: Metric) -> dict[str, tuple[float, float]]:
+    """A close look at some latents (n, d) with their indices (n,) and the whole table (K, d).
+
+    Returns:
+        By name a sum over latents and what to divide it by: `error` (squared distance to the selected code), `latent_square`
+        and `latent_spread` (squared length, from 0 and from the mean), `missed` (a code was nearer than the selected one), and
+        `winner_mass` and `log_losers` of the softmax whose tau is the mean squared distance to the selected codes.
+    """
+    with torch.autocast(latents.device.type, enabled=False):
+        z, codes = (compared(x.detach().double(), metric) for x in (latents, table))
+        selected = (codes[indices] - z).square().sum(1)
+        tau = selected.mean().clamp_min(1e-30)
+        missed = mass = losers = z.new_zeros(())
+        for rows, distance in _distances(z, codes):
+            nearest = (codes[distance.argmin(1)] - z[rows]).square().sum(1)
+            missed = missed + (selected[rows] - nearest > MISSED * selected[rows]).sum()
+            soft = torch.softmax(-distance / tau.float(), 1)
+            mass = mass + soft.amax(1).double().sum()
+            others = soft.scatter(1, soft.argmax(1, keepdim=True), 0.0)
+            others = others / others.sum(1, keepdim=True).clamp_min(1e-37)
+            losers = losers - (others * others.clamp_min(1e-37).log()).sum().double()
+        square, spread = z.square().sum(), (z - z.mean(0)).square().sum()
+        sums = torch.stack([selected.sum(), square, spread, missed, mass, losers]).tolist()
+    names = ("error", "latent_square", "latent_spread", "missed", "winner_mass", "log_losers")
+    return {name: (value, float(len(z))) for name, value in zip(names, sums, strict=True)}
+
+
+def _distances(z: Tensor, codes: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Squared distances (rows, K) in float32, a block of rows at a time; good for candidates, not for close calls."""
+    centre = codes.mean(0)
+    near, table = (z - centre).float(), (codes - centre).float()
+    squared = table.square().sum(1)
+    block = max(1, BLOCK // len(table))
+    for start in range(0, len(z), block):
+        rows = slice(start, start + block)
+        part = near[rows]
+        yield rows, (part.square().sum(1)[:, None] - 2 * part @ table.T + squared).clamp_min_(0)
+
+
+@torch.no_grad()
+def table_numbers(table: Tensor, metric: Metric) -> dict[str, float]:
+    """RMS of the codes' elements, and the share of `duplicates`: codes with another one at a hundredth of their own length.
+
+    The length is measured from the median code, so that neither an offset of all codes nor a handful of far ones matters.
+    """
+    codes = compared(table.detach().double(), metric)
+    picked = spaced(len(codes), device=codes.device)
+    median = codes[spaced(len(codes), 4096, codes.device)].median(0).values
+    length = (codes[picked] - median).norm(dim=1)
+    twins = 0
+    with torch.autocast(codes.device.type, enabled=False):
+        for rows, distance in _distances(codes[picked], codes):
+            own = picked[rows]
+            other = distance.scatter_(1, own[:, None], torch.inf).argmin(1)
+            twins += int(((codes[own] - codes[other]).norm(dim=1) <= TWIN * length[rows]).sum())
+    return {
+        "code_rms": float(codes.square().mean().sqrt()),
+        "duplicates": twins / len(picked) if len(codes) > 1 else 0.0,
+    }
+
+
+@torch.no_grad()
+def code_step(before: Tensor, after: Tensor, hit: Tensor) -> dict[str, float | None]:
+    """How far codes went in one update: RMS over sampled codes (n, d) that were hit in it, and the share that moved."""
+    moved = (after.double() - before.double()).square().sum(1)
+    step = float(moved[hit].mean().sqrt()) if bool(hit.any()) else None
+    return {"code_step": step, "moved_codes": float((moved > 0).double().mean())}
