@@ -86,9 +86,7 @@ def _of_ours(module: nn.Module, outputs: Any, trained: bool | None) -> Record:
     return Record(seen.z, seen.indices, module.codebook, "l2", parameter, trained, stats=seen.stats)  # type: ignore[arg-type]
 
 
-def _of_vector_quantize_pytorch(
-    module: Any, latents: Tensor, indices: Tensor, table: Callable[[], Tensor]
-) -> Record:
+def _of_vector_quantize_pytorch(module: Any, latents: Tensor, indices: Tensor, table: Callable[[], Tensor]) -> Record:
     if getattr(module, "separate_codebook_per_head", False) and module.heads > 1:
         raise _unknown(module, "each of its heads has a codebook of its own")
     first = getattr(module, "channel_first", False) or not getattr(module, "channel_last", True)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A monitor for any VQ module: it watches the codebook while others train it, and warns before it is too late.
 
-    monitor = steadyvq.Monitor(vq, "monitor.jsonl", probe=(model, images))
-    for batch in batches:
-        ...                                        # forward, backward, optimizer.step(), in any trainer
-        monitor.step({"reconstruction": loss})     # once per optimiser step
+monitor = steadyvq.Monitor(vq, "monitor.jsonl", probe=(model, images))
+for batch in batches:
+    ...                                        # forward, backward, optimizer.step(), in any trainer
+    monitor.step({"reconstruction": loss})     # once per optimiser step
 """
 
 import json
@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class Monitor:
         watch_every: Optimiser steps between looks at the ages of the codes, from which warnings come.
         reduce: Sums a tensor over all processes of a run, all of which take the same steps.
         attach: Hook the module. False: `observe` is called with each record instead.
-        warn: Say warnings by `warnings.warn` too, not only by the logger `steadyvq`.
+        warn: Say warnings by `warnings.warn` and the logger `steadyvq`. False: they are only rows of the log.
 
     Attributes:
         row: The last row; empty before the first.
@@ -65,7 +66,7 @@ class Monitor:
         probe: tuple[nn.Module, Any] | Callable[[], object] | None = None,
         adapter: Adapter = adapt,
         every: int = 100,
-        watch_every: int = 10,
+        watch_every: int = 5,
         reduce: Reduce = alone,
         attach: bool = True,
         warn: bool = True,
@@ -120,7 +121,9 @@ class Monitor:
             self._sample.append(record)
         self._last = record
         if self.forwards == FORGOTTEN and self.steps == 0:
-            self._say("no_step", f"a monitor saw {FORGOTTEN} forwards and no step: call monitor.step() after optimizer.step()")
+            self._say(
+                "no_step", f"a monitor saw {FORGOTTEN} forwards and no step: call monitor.step() after optimizer.step()"
+            )
 
     def _start(self, record: Record) -> None:
         """Checks the first record and makes the state."""
@@ -205,7 +208,9 @@ class Monitor:
         names = ("drift", "drift_rms", "churn")
         found = [(seen[name] or 0.0, float(seen[name] is not None)) for name in names]
         sums = self.reduce(torch.tensor(found, dtype=torch.float64, device=flat.device))
-        mean = {n: float(total / count) if count else None for n, (total, count) in zip(names, sums.tolist(), strict=True)}
+        mean = {
+            n: float(total / count) if count else None for n, (total, count) in zip(names, sums.tolist(), strict=True)
+        }
         steps, self._probed_at = self.steps - self._probed_at, self.steps
         per_step = None if mean["drift_rms"] is None else mean["drift_rms"] / steps
         updates = max(1.0, row["alive"] / max(1.0, row["tokens_per_step"]))
@@ -232,23 +237,25 @@ class Monitor:
         finally:
             self._probing = None
         if not seen:
-            raise ValueError("the probe did not call the monitored module: pass (model, inputs) of the model that holds it")
+            raise ValueError(
+                "the probe did not call the monitored module: pass (model, inputs) of the model that holds it"
+            )
         return seen[-1]
 
     def _check(self, lives: Mapping[str, Any]) -> None:
         assert self.ages is not None
         for kind, sentence in early_warnings(self.steps, self.ages.num_codes, lives).items():
-            self._say(kind, sentence)
+            self._say(kind, sentence, {name: lives[name] for name in ("alive", "peak_alive", "died")})
 
-    def _say(self, kind: str, sentence: str) -> None:
+    def _say(self, kind: str, sentence: str, numbers: Mapping[str, Any] = MappingProxyType({})) -> None:
         if kind in self.warned:
             return
         self.warned[kind] = sentence
-        logger.warning(sentence)
         if self.warn:
+            logger.warning(sentence)
             warnings.warn(sentence, UserWarning, stacklevel=4)
         if self.log is not None:
-            self.log({"kind": "warning", "step": self.steps, "warning": kind, "text": sentence})
+            self.log({"kind": "warning", "step": self.steps, "warning": kind, "text": sentence, **numbers})
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later rows depend on; tensors and plain data."""

@@ -42,7 +42,8 @@ class Patient:
         init: `none`, `data` or `kmeans` places the codes on first latents.
         scale: What the placed or initial codes are multiplied by.
         copies: How many codes start in the same place (1: none do).
-        lr: Adam's learning rate of the networks.
+        lr: Adam's learning rate of the networks, after `warmup` steps in which it rises linearly.
+        warmup: Steps of warm-up.
         codebook_lr: That of a free codebook.
         steps: Optimiser steps.
         batch: Crops in a step, of 64 tokens each.
@@ -62,16 +63,17 @@ class Patient:
     scale: float = 1.0
     copies: int = 1
     lr: float = 1e-3
+    warmup: int = 40
     codebook_lr: float = 1e-2
-    steps: int = 400
-    batch: int = 32
+    steps: int = 200
+    batch: int = 16
     dim: int = 16
     freeze: int | None = None
     gan: int | None = None
     gan_weight: float = 0.0
     gan_ramp: int = 1
     autocast: bool = False
-    every: int = 20
+    every: int = 10
 
     @property
     def name(self) -> str:
@@ -146,12 +148,19 @@ class Run:
         torch.manual_seed(patient.seed)
         self.generator = torch.Generator().manual_seed(patient.seed)
         self.vq = build(patient)
-        networks = AutoencoderConfig(channels=16, multipliers=(1, 2, 2), num_res_blocks=1, num_mid_blocks=0, z_channels=patient.dim)
+        networks = AutoencoderConfig(
+            channels=16, multipliers=(1, 2), num_res_blocks=1, num_mid_blocks=0, z_channels=patient.dim, patch=2
+        )
         whole = Tokenizer.build(networks, build_quantizer("vq", num_codes=2, dim=patient.dim, channel_axis=1))
         self.encoder, self.decoder = whole.encoder, whole.decoder
         self._place()
         own = [p for p in [codes_of(self.vq)] if isinstance(p, nn.Parameter)]
-        rest = [p for part in (self.encoder, self.decoder, self.vq) for p in part.parameters() if all(p is not q for q in own)]
+        rest = [
+            p
+            for part in (self.encoder, self.decoder, self.vq)
+            for p in part.parameters()
+            if all(p is not q for q in own)
+        ]
         groups: list[dict[str, Any]] = [{"params": rest, "lr": patient.lr}]
         groups += [{"params": own, "lr": patient.codebook_lr}] if own else []
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
@@ -179,6 +188,7 @@ class Run:
     def step(self, index: int) -> None:
         """One optimiser step."""
         patient = self.patient
+        self.optimizer.param_groups[0]["lr"] = patient.lr * min(1.0, (index + 1) / patient.warmup)
         images = crops()[torch.randint(len(crops()) - 32, (patient.batch,), generator=self.generator)]
         frozen = patient.freeze is not None and index >= patient.freeze
         self.encoder.requires_grad_(not frozen)
@@ -198,7 +208,8 @@ class Run:
         self.optimizer.step()
         if patient.gan is not None and index >= patient.gan:
             self.judge_optimizer.zero_grad()
-            discriminator_loss("hinge", self.judge(images), self.judge(made.float().detach())).backward()
+            judged = discriminator_loss("hinge", self.judge(images), self.judge(made.float().detach()))
+            judged.backward()  # type: ignore[no-untyped-call]
             self.judge_optimizer.step()
         if isinstance(out, Quantized):
             self.vq.update(out, optimizer=self.optimizer)  # type: ignore[operator]
