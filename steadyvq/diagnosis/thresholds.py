@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every threshold of the monitor's warnings and of the doctor, in one place.
 
-They were chosen on development runs (seeds, codebook sizes and rates of their own) and then left alone: the runs of
-docs/evidence/doctor.json were made afterwards.
+They were chosen on development runs (`python -m steadyvq.experiments.doctor --runs development`: seeds, codebook sizes and
+rates of their own) and left alone since; the runs of docs/evidence/doctor.json, which names the hash of this file, were made
+afterwards.
 """
 
 IDLE_HITS = 20
