@@ -4,7 +4,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from steadyvq.diagnosis.thresholds import DYING, IDLE_HITS, STILLBORN, STILLBORN_AFTER
+from steadyvq.diagnosis.thresholds import DYING, HOPELESS, IDLE_HITS, STILLBORN, STILLBORN_AFTER
 
 
 def early_warnings(step: int, num_codes: int, ages: Mapping[str, Any]) -> dict[str, str]:
@@ -17,7 +17,10 @@ def early_warnings(step: int, num_codes: int, ages: Mapping[str, Any]) -> dict[s
     """
     said = {}
     per_code = ages["tokens"] / num_codes
-    if per_code > IDLE_HITS and ages["died"] > DYING:
+    # Codes placed on an encoder that has learned nothing die in its first steps whatever the method; those that somebody revives
+    # come back.
+    unaided = ages["died"] > DYING and ages["revived"] == 0
+    if per_code > IDLE_HITS and (unaided or ages["died"] > HOPELESS):
         lost, peak = ages["peak_alive"] - ages["alive"], ages["peak_alive"]
         said["dying"] = (
             f"step {step}: {lost:,} of the {peak:,} codes that were alive at the peak have had no hit in the last "

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from steadyvq.diagnosis.adapters import Metric, compared
-from steadyvq.diagnosis.thresholds import IDLE_HITS
+from steadyvq.diagnosis.thresholds import IDLE_HITS, JUMP, JUMP_OF_SPREAD
 from steadyvq.metrics.usage import UsageMeter
 
 SAMPLE = 256
 """Latents, and codes, of a close look."""
 AGES = (1, 5, IDLE_HITS, 100)
 """Bounds of the ages of codes, in tokens per code."""
+MEMORY = 3
+"""Looks at the ages of codes in which somebody must have revived one, or nobody does."""
 BLOCK = 1 << 22
 """Most distances held at once."""
 TWIN = 0.01
@@ -41,6 +43,8 @@ class CodeAges:
         tokens: Tokens seen by this process (0-d).
         window: Hits since the last row of the log.
         peak: The most codes that were alive at once.
+        marks: The codes along one fixed direction (K,), at the last look; a number for each is enough to see one jump.
+        revived: Dead codes that were moved by other means than learning, in each of the last `MEMORY` looks.
     """
 
     def __init__(self, num_codes: int, device: torch.device | str = "cpu") -> None:
@@ -49,6 +53,8 @@ class CodeAges:
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.window = UsageMeter(num_codes, device)
         self.peak = 0
+        self.marks = torch.full((num_codes,), torch.nan, dtype=torch.float64, device=device)
+        self.revived: list[int] = []
 
     def count(self, indices: Tensor) -> None:
         """Counts one forward; no number leaves the device."""
@@ -58,14 +64,21 @@ class CodeAges:
         self.tokens += hits.sum()
         self.last[1:] = torch.where(hits > 0, self.tokens, self.last[1:])
 
-    def alive(self, reduce: Reduce) -> dict[str, Any]:
-        """Codes alive now (hit within the last 20 K tokens), at the peak, and lost since; shares of codes by age."""
+    def alive(self, table: Tensor, reduce: Reduce) -> dict[str, Any]:
+        """Codes alive now (hit within the last 20 K tokens), at the peak, and lost since; shares of codes by age.
+
+        Args:
+            table: The codebook (K, d) as it is now.
+            reduce: Sums over processes.
+        """
         world = int(reduce(torch.ones_like(self.tokens)))
         seen = self.last[1:] >= 0
         age = (self.tokens - self.last[1:]) * world
         within = torch.stack([seen & (age < bound * self.num_codes) for bound in AGES])
         # A code is as young as in the process that hit it last.
-        counts = [*(reduce(within.to(torch.int64)) > 0).sum(1).tolist(), int((reduce(seen.to(torch.int64)) > 0).sum())]
+        young = reduce(within.to(torch.int64)) > 0
+        counts = [*young.sum(1).tolist(), int((reduce(seen.to(torch.int64)) > 0).sum())]
+        self._see_jumps(table, young[AGES.index(IDLE_HITS)])
         alive = counts[AGES.index(IDLE_HITS)]
         self.peak = max(self.peak, alive)
         shares = [count / self.num_codes for count in counts]
@@ -77,10 +90,20 @@ class CodeAges:
             "alive": alive,
             "peak_alive": self.peak,
             "died": 0.0 if self.peak == 0 else 1 - alive / self.peak,
+            "revived": sum(self.revived),
             "never_hit": 1 - shares[-1],
             "ages": dict(zip([f"under_{bound}" for bound in AGES], ages, strict=True))
             | {"older": shares[-1] - shares[-2]},
         }
+
+    def _see_jumps(self, table: Tensor, alive: Tensor) -> None:
+        """Counts dead codes that went farther since the last look than those that learn, and not by a trifle."""
+        direction = torch.randn(table.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        marks = (table.detach() @ direction.to(table)).double().to(self.marks.device)
+        moved, self.marks = (marks - self.marks).abs(), marks
+        usual = moved[alive].median() if bool(alive.any()) else moved.new_zeros(())
+        jumped = ~alive & (moved > JUMP * usual) & (moved > JUMP_OF_SPREAD * marks.std())
+        self.revived = [*self.revived, int(jumped.sum())][-MEMORY:]
 
     def usage(self, reduce: Reduce) -> dict[str, Any]:
         """Use of the codes since the last row, beside its ceiling; begins a new window."""
@@ -94,14 +117,15 @@ class CodeAges:
     def state_dict(self) -> dict[str, Any]:
         """Everything, for a checkpoint."""
         state = {"last": self.last.clone(), "tokens": self.tokens.clone(), "window": self.window.counts.clone()}
-        return {**state, "peak": self.peak}
+        return {**state, "peak": self.peak, "marks": self.marks.clone(), "revived": list(self.revived)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`."""
         self.last.copy_(state["last"])
         self.tokens.copy_(state["tokens"])
         self.window.load_state({"counts": state["window"]})
-        self.peak = int(state["peak"])
+        self.marks.copy_(state["marks"])
+        self.peak, self.revived = int(state["peak"]), [int(count) for count in state["revived"]]
 
 
 def spaced(count: int, most: int = SAMPLE, device: torch.device | str = "cpu") -> Tensor:

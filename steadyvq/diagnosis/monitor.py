@@ -86,6 +86,7 @@ class Monitor:
         self._sample: list[Record] = []
         self._before: Tensor | None = None
         self._last: Record | None = None
+        self._table: Callable[[], Tensor] | None = None
         self._values: dict[str, tuple[float | Tensor, int]] = {}
         self._trained: bool | None = None
         self._hook = module.register_forward_hook(self._called, with_kwargs=True) if attach else None
@@ -136,7 +137,7 @@ class Monitor:
                 f"indices reach from {low} to {high}, but the codebook has {len(table)} rows: pass an adapter whose indices "
                 "name rows, or -1 for masked positions"
             )
-        self.ages = CodeAges(len(table), flat.device)
+        self.ages, self._table = CodeAges(len(table), flat.device), record.codebook
         if self._loaded:
             self.ages.load_state_dict(self._loaded)
 
@@ -161,12 +162,20 @@ class Monitor:
             if due:
                 row = self._report(self.ages)
             elif self.steps % self.watch_every == 0:
-                self._check(self.ages.alive(self.reduce))
+                self._check(self._lives(self.ages))
             if self._due and self._last is not None:
                 # What the next step starts from; a module may change it within its forward.
                 self._before = table_of(self._last)
         self._last = None
         return row
+
+    def _lives(self, ages: CodeAges) -> dict[str, Any]:
+        """The ages of the codes now."""
+        # Also in steps without a forward all processes take part in the sums.
+        self._table = self._table if self._last is None else self._last.codebook
+        assert self._table is not None
+        with torch.no_grad():
+            return ages.alive(self._table(), self.reduce)
 
     def _add(self, name: str, value: float | Tensor) -> None:
         number = value.detach() if isinstance(value, Tensor) else value
@@ -177,7 +186,7 @@ class Monitor:
 
     def _report(self, ages: CodeAges) -> dict[str, Any]:
         """Measures and logs a row."""
-        lives = ages.alive(self.reduce)
+        lives = self._lives(ages)
         row: dict[str, Any] = {
             "kind": KIND,
             "step": self.steps,

@@ -9,8 +9,12 @@ afterwards.
 IDLE_HITS = 20
 """A code is dead when it has had no hit in the last IDLE_HITS * K tokens: under uniform use it would have had 20."""
 
-DYING = 0.38
-"""Share of the codes alive at the peak that have died since; above, the monitor warns: it is to speak before half are dead."""
+DYING, HOPELESS = 0.3, 0.6
+"""Share of the codes alive at the peak that have died since; above the first the monitor warns if no dead code is being
+revived, above the second in any case."""
+
+JUMP, JUMP_OF_SPREAD = 5.0, 0.25
+"""A dead code is revived where it moves by more than JUMP times what codes that learn do, and JUMP_OF_SPREAD of their spread."""
 
 STILLBORN = 0.25
 """Share of K; a codebook whose peak is below it is stillborn ..."""

@@ -35,7 +35,7 @@ AVERAGE: dict[str, Any] = {"maintenance": {"ema": {"decay": 0.99}, "replace": {}
 
 
 def development() -> list[Patient]:
-    """Runs that thresholds may be chosen on: K = 512, seeds from 100 on."""
+    """Runs that thresholds may be chosen on: seeds from 100 on, most with K = 512."""
     size: dict[str, Any] = {"seed": 100, "num_codes": 512}
     ill = [
         Patient("starved codebook", **size, codebook_lr=1.5e-4),
@@ -56,41 +56,45 @@ def development() -> list[Patient]:
         Patient(HEALTHY, **size, options=REPLACE),
         Patient(HEALTHY, **size, method="vqp-ema"),
     ]
-    return [*ill, *well, Patient(DYING, **size)]
+    slow = [
+        Patient(HEALTHY, 113, 640, method="ema", options=AVERAGE, init="kmeans"),
+        Patient(HEALTHY, 114, 640, options=REPLACE),
+        Patient(DYING, 111, 640),
+        Patient(DYING, 110, 320),
+    ]
+    return [*ill, *well, Patient(DYING, **size), *slow]
 
 
 def test() -> list[Patient]:
-    """The runs of the evidence: other K, other rates, seeds from 0 on."""
+    """The runs of the evidence: other K, other rates, seeds from 30 on."""
     ill: list[Patient] = []
-    for seed, num_codes in enumerate((256, 1024, 768)):
-        size: dict[str, Any] = {"seed": seed, "num_codes": num_codes}
+    for i, num_codes in enumerate((320, 896, 576)):
+        size: dict[str, Any] = {"seed": 30 + i, "num_codes": num_codes}
         ill += [
-            Patient("starved codebook", **size, codebook_lr=(1e-4, 3e-4, 5e-5)[seed]),
-            Patient("tau out of scale", **size, method="nsvq", options={"temperature": (30.0, 5e-4, 10.0)[seed]}),
-            Patient("untrained encoder frozen", **size, method="nsvq", freeze=(25, 45, 35)[seed]),
+            Patient("starved codebook", **size, codebook_lr=(2e-4, 4e-5, 2.5e-4)[i]),
+            Patient("tau out of scale", **size, method="nsvq", options={"temperature": (6e-4, 20.0, 50.0)[i]}),
+            Patient("untrained encoder frozen", **size, method="nsvq", freeze=(40, 20, 50)[i]),
             Patient(
-                "discriminator start", **size, method="nsvq", gan=(60, 80, 110)[seed], gan_weight=(0.3, 0.6, 0.1)[seed]
+                "discriminator start", **size, method="nsvq", gan=(100, 70, 120)[i], gan_weight=(0.5, 0.15, 0.3)[i]
             ),
-            Patient("duplicate codes", **size, copies=(4, 8, 3)[seed], method=("vq", "vq", "nsvq")[seed]),
-            Patient(
-                "scale mismatch at init", **size, init=("none", "data", "data")[seed], scale=(1.0, 0.03, 30.0)[seed]
-            ),
-            Patient("half-precision look-ups", **size, method="plain", autocast=True, dim=(8, 16, 32)[seed]),
-            Patient("too few tokens for K", **size, method="nsvq", batch=(1, 3, 2)[seed], steps=150),
+            Patient("duplicate codes", **size, copies=(6, 3, 2)[i], method=("vq", "nsvq", "vq")[i]),
+            Patient("scale mismatch at init", **size, init=("data", "none", "data")[i], scale=(0.01, 1.0, 12.0)[i]),
+            Patient("half-precision look-ups", **size, method="plain", autocast=True, dim=(16, 32, 8)[i]),
+            Patient("too few tokens for K", **size, method="nsvq", batch=(1, 2, 1)[i], steps=160),
         ]
     well = [
-        Patient(HEALTHY, 10, 256, method="nsvq"),
-        Patient(HEALTHY, 11, 1024, method="nsvq", lr=5e-4),
-        Patient(HEALTHY, 12, 384, method="nsvq", codebook_lr=2e-2),
-        Patient(HEALTHY, 13, 768, method="nsvq", freeze=160, gan=165, gan_weight=0.002, gan_ramp=30),
-        Patient(HEALTHY, 14, 256, method="ema", options=AVERAGE, init="kmeans"),
-        Patient(HEALTHY, 15, 1024, method="ema", options=AVERAGE, init="kmeans", lr=5e-4),
-        Patient(HEALTHY, 16, 384, options=REPLACE),
-        Patient(HEALTHY, 17, 768, options=REPLACE, codebook_lr=2e-2),
-        Patient(HEALTHY, 18, 256, method="vqp-ema"),
-        Patient(HEALTHY, 19, 1024, method="vqp-ema", lr=5e-4),
+        Patient(HEALTHY, 40, 320, method="nsvq"),
+        Patient(HEALTHY, 41, 896, method="nsvq", lr=7e-4),
+        Patient(HEALTHY, 42, 448, method="nsvq", codebook_lr=2e-2),
+        Patient(HEALTHY, 43, 640, method="nsvq", freeze=155, gan=165, gan_weight=0.002, gan_ramp=30),
+        Patient(HEALTHY, 44, 320, method="ema", options=AVERAGE, init="kmeans"),
+        Patient(HEALTHY, 45, 896, method="ema", options=AVERAGE, init="kmeans", lr=7e-4),
+        Patient(HEALTHY, 46, 448, options=REPLACE),
+        Patient(HEALTHY, 47, 640, options=REPLACE, codebook_lr=2e-2),
+        Patient(HEALTHY, 48, 320, method="vqp-ema"),
+        Patient(HEALTHY, 49, 896, method="vqp-ema", lr=7e-4),
     ]
-    return [*ill, *well, *(Patient(DYING, 20 + i, k) for i, k in enumerate((256, 768, 1024)))]
+    return [*ill, *well, *(Patient(DYING, 50 + i, k) for i, k in enumerate((320, 640, 896)))]
 
 
 RUNS = {"development": development, "test": test}
