@@ -17,8 +17,7 @@ def early_warnings(step: int, num_codes: int, ages: Mapping[str, Any]) -> dict[s
     """
     said = {}
     per_code = ages["tokens"] / num_codes
-    # Codes placed on an encoder that has learned nothing die in its first steps whatever the method; those that somebody revives
-    # come back.
+    # Codes placed on an encoder that has learned nothing die in its first steps whatever the method; revived ones come back.
     unaided = ages["died"] > DYING and ages["revived"] == 0
     if per_code > IDLE_HITS and (unaided or ages["died"] > HOPELESS):
         lost, peak = ages["peak_alive"] - ages["alive"], ages["peak_alive"]

@@ -14,7 +14,7 @@ DYING, HOPELESS = 0.3, 0.6
 revived, above the second in any case."""
 
 JUMP, JUMP_OF_SPREAD = 5.0, 0.25
-"""A dead code is revived where it moves by more than JUMP times what codes that learn do, and JUMP_OF_SPREAD of their spread."""
+"""A dead code is revived where it moves by JUMP times what codes that learn do, and by JUMP_OF_SPREAD of their spread."""
 
 STILLBORN = 0.25
 """Share of K; a codebook whose peak is below it is stillborn ..."""
