@@ -307,6 +307,21 @@ def test_it_warns_once_of_a_dying_codebook_and_keeps_quiet_of_a_living_one(tmp_p
     assert rows[1]["died"] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(("lost", "warned"), [(10, False), (18, True)])
+def test_codes_that_are_being_revived_are_not_dying_unless_most_are(lost, warned):
+    """The same deaths as above, while dead codes are moved onto others: quiet up to HOPELESS."""
+    codes = torch.randn(K, D, generator=torch.Generator().manual_seed(0))
+    monitor = Monitor(nn.Identity(), every=1000, watch_every=2, attach=False, warn=False)
+    for step in range(60):
+        used = K if step < 10 else K - lost
+        monitor.observe(Record(torch.randn(4 * K, D), torch.arange(4 * K) % used, lambda: codes))
+        codes[: K - lost] += 0.001
+        codes[K - 1 - step % 5] = codes[step % 10] + 0.01 * torch.randn(D)
+        monitor.step()
+    assert ("dying" in monitor.warned) == warned
+    assert monitor.ages.revived[-1] > 0
+
+
 def test_bad_use_is_told_in_a_sentence(images):
     layer = nn.Linear(3, 3)
     Monitor(layer, warn=False)
