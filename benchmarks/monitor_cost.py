@@ -54,12 +54,12 @@ def block(method: str, count: int, side: int, num_codes: int, dim: int, *, watch
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the record here")
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=11)
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     rows = []
     for size in SIZES:
-        row = compared(block(*size, watched=False), block(*size, watched=True), arguments.pairs, most_seconds=60)
+        row = compared(block(*size, watched=False), block(*size, watched=True), arguments.pairs, most_seconds=130)
         names = dict(zip(("method", "images", "side", "num_codes", "dim"), size, strict=True))
         rows.append({**names, "tokens": size[1] * (size[2] // 4) ** 2, **row})
         print(
