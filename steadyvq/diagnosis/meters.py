@@ -2,9 +2,10 @@
 """What a monitor measures: ages of codes at every step, and a close look at one step in a hundred.
 
 The state is O(K): hits and ages of the codes. The close look takes at most `SAMPLE` latents and `SAMPLE` codes.
-All sums go through `reduce`, so that several processes count as one.
+Sums go through `reduce`, so that several processes count as one: the hits of each step, and the close look.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,15 +33,16 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class CodeAges:
-    """When each code was last hit, in tokens of this process times the number of processes.
+    """When each code was last hit, in tokens of all processes.
 
     Args:
         num_codes: K.
         device: Where the indices are.
 
     Attributes:
-        last: Tokens seen at the last hit of each code (K + 1,), -1 for never; the first entry takes masked positions.
-        tokens: Tokens seen by this process (0-d).
+        pending: Hits of this process in the present step (K + 1,); the first entry takes masked positions.
+        last: Tokens seen at the end of the step that last hit each code (K,), -1 for never.
+        tokens: Tokens seen (0-d).
         window: Hits since the last row of the log.
         peak: The most codes that were alive at once.
         marks: The codes along one fixed direction (K,), at the last look; a number for each is enough to see one jump.
@@ -49,7 +51,8 @@ class CodeAges:
 
     def __init__(self, num_codes: int, device: torch.device | str = "cpu") -> None:
         self.num_codes = num_codes
-        self.last = torch.full((num_codes + 1,), -1, dtype=torch.int64, device=device)
+        self.pending = torch.zeros(num_codes + 1, dtype=torch.int64, device=device)
+        self.last = torch.full((num_codes,), -1, dtype=torch.int64, device=device)
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.window = UsageMeter(num_codes, device)
         self.peak = 0
@@ -59,41 +62,39 @@ class CodeAges:
     def count(self, indices: Tensor) -> None:
         """Counts one forward; no number leaves the device."""
         flat = indices.detach().reshape(-1).to(device=self.last.device, dtype=torch.int64) + 1
-        hits = torch.zeros_like(self.last).index_add_(0, flat, torch.ones_like(flat))[1:]
+        self.pending.index_add_(0, flat, torch.ones_like(flat))
+
+    def end_step(self, reduce: Reduce) -> None:
+        """Adds up the step over processes, so that all of them know the same; no number leaves the device."""
+        hits = reduce(self.pending[1:])
         self.window.counts += hits
         self.tokens += hits.sum()
-        self.last[1:] = torch.where(hits > 0, self.tokens, self.last[1:])
+        self.last = torch.where(hits > 0, self.tokens, self.last)
+        self.pending.zero_()
 
-    def alive(self, table: Tensor, reduce: Reduce) -> dict[str, Any]:
+    def alive(self, table: Tensor) -> dict[str, Any]:
         """Codes alive now (hit within the last 20 K tokens), at the peak, and lost since; shares of codes by age.
 
         Args:
             table: The codebook (K, d) as it is now.
-            reduce: Sums over processes.
         """
-        world = int(reduce(torch.ones_like(self.tokens)))
-        seen = self.last[1:] >= 0
-        age = (self.tokens - self.last[1:]) * world
-        within = torch.stack([seen & (age < bound * self.num_codes) for bound in AGES])
-        # A code is as young as in the process that hit it last.
-        young = reduce(within.to(torch.int64)) > 0
-        counts = [*young.sum(1).tolist(), int((reduce(seen.to(torch.int64)) > 0).sum())]
+        seen = self.last >= 0
+        age = self.tokens - self.last
+        young = torch.stack([seen & (age < bound * self.num_codes) for bound in AGES])
         self._see_jumps(table, young[AGES.index(IDLE_HITS)])
+        *counts, tokens = torch.cat([young.sum(1), seen.sum()[None], self.tokens[None]]).tolist()
         alive = counts[AGES.index(IDLE_HITS)]
         self.peak = max(self.peak, alive)
         shares = [count / self.num_codes for count in counts]
-        younger = [0.0, *shares[: len(AGES)]]
-        ages = [b - a for a, b in zip(younger, shares[: len(AGES)], strict=False)]
+        between = [b - a for a, b in itertools.pairwise([0.0, *shares])]
         return {
-            "processes": world,
-            "tokens": int(reduce(self.tokens.clone())),
+            "tokens": tokens,
             "alive": alive,
             "peak_alive": self.peak,
             "died": 0.0 if self.peak == 0 else 1 - alive / self.peak,
             "revived": sum(self.revived),
             "never_hit": 1 - shares[-1],
-            "ages": dict(zip([f"under_{bound}" for bound in AGES], ages, strict=True))
-            | {"older": shares[-1] - shares[-2]},
+            "ages": dict(zip([*(f"under_{bound}" for bound in AGES), "older"], between, strict=True)),
         }
 
     def _see_jumps(self, table: Tensor, alive: Tensor) -> None:
@@ -105,12 +106,10 @@ class CodeAges:
         jumped = ~alive & (moved > JUMP * usual) & (moved > JUMP_OF_SPREAD * marks.std())
         self.revived = [*self.revived, int(jumped.sum())][-MEMORY:]
 
-    def usage(self, reduce: Reduce) -> dict[str, Any]:
+    def usage(self) -> dict[str, Any]:
         """Use of the codes since the last row, beside its ceiling; begins a new window."""
-        total = UsageMeter(self.num_codes)
-        total.counts += reduce(self.window.counts).cpu()
+        report = self.window.report()
         self.window.reset()
-        report = total.report()
         names = ("tokens", "active", "utilization", "ceiling", "of_ceiling", "perplexity")
         return {f"window_{name}" if name == "tokens" else name: getattr(report, name) for name in names}
 

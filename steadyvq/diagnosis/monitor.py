@@ -159,6 +159,7 @@ class Monitor:
         due, row = self._due, None
         self.steps += 1
         if self.ages is not None:
+            self.ages.end_step(self.reduce)
             if due:
                 row = self._report(self.ages)
             elif self.steps % self.watch_every == 0:
@@ -171,11 +172,11 @@ class Monitor:
 
     def _lives(self, ages: CodeAges) -> dict[str, Any]:
         """The ages of the codes now."""
-        # Also in steps without a forward all processes take part in the sums.
-        self._table = self._table if self._last is None else self._last.codebook
+        if self._last is not None:
+            self._table = self._last.codebook
         assert self._table is not None
         with torch.no_grad():
-            return ages.alive(self._table(), self.reduce)
+            return ages.alive(self._table())
 
     def _add(self, name: str, value: float | Tensor) -> None:
         number = value.detach() if isinstance(value, Tensor) else value
@@ -192,7 +193,7 @@ class Monitor:
             "step": self.steps,
             "num_codes": ages.num_codes,
             **lives,
-            **ages.usage(self.reduce),
+            **ages.usage(),
             **look(self._sample, self._before, self.reduce, ages.last.device),
             "trained": self._trained,
         }
