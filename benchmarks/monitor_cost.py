@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/monitor_cost.py
     OMP_NUM_THREADS=1 python benchmarks/monitor_cost.py --json docs/evidence/monitor_cost.json
 
-CPU time counts. A block holds one row of the log with its close look and its probe of 32 images, and twenty looks at the ages.
+CPU time counts. A block holds one row of the log with its close look and its probe of one batch, and twenty looks at the ages.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def block(method: str, count: int, side: int, num_codes: int, dim: int, *, watch
     model = Tokenizer.build(networks, quantizer)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     images = torch.rand(256, 3, side, side) * 2 - 1
-    monitor = steadyvq.Monitor(quantizer, probe=(model, images[:32]), warn=False) if watched else None
+    monitor = steadyvq.Monitor(quantizer, probe=(model, images[:count]), warn=False) if watched else None
 
     def run() -> None:
         for step in range(STEPS):

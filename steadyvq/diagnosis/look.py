@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steadyvq.diagnosis.adapters import Record
-from steadyvq.diagnosis.meters import Reduce, closeness, code_step, spaced, table_numbers
+from steadyvq.diagnosis.meters import Reduce, closeness, code_step, sample_of, spaced, table_numbers
 
 SUMS = ("error", "latent_square", "latent_spread", "missed", "winner_mass", "log_losers")
 SOFT = ("winner_mass", "effective_losers")
@@ -68,7 +68,7 @@ def _closeness(record: Record, table: Tensor) -> Tensor:
     valid = (flat >= 0).nonzero().reshape(-1)
     if not len(valid):
         return torch.zeros(len(SUMS), 2, dtype=torch.float64)
-    valid = valid[spaced(len(valid), device=valid.device)]
+    valid = valid[spaced(len(valid), sample_of(len(table)), valid.device)]
     with torch.no_grad():
         rows = latents_of(record)[valid]
     seen = closeness(rows, flat[valid], table.to(rows.device), record.metric)

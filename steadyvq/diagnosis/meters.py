@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from steadyvq.diagnosis.adapters import Metric, compared
-from steadyvq.diagnosis.thresholds import IDLE_HITS, JUMP, JUMP_OF_SPREAD
+from steadyvq.diagnosis.thresholds import DYING, IDLE_HITS, JUMP, JUMP_OF_SPREAD
 from steadyvq.metrics.usage import UsageMeter
 
-SAMPLE = 256
-"""Latents, and codes, of a close look."""
+SAMPLE, FEWEST = 256, 64
+"""Most and fewest latents, and codes, of a close look."""
+PRODUCTS = 1 << 20
+"""With large tables fewer are taken, so that there are about this many distances."""
 AGES = (1, 5, IDLE_HITS, 100)
 """Bounds of the ages of codes, in tokens per code."""
 MEMORY = 3
@@ -72,27 +74,32 @@ class CodeAges:
         self.last = torch.where(hits > 0, self.tokens, self.last)
         self.pending.zero_()
 
-    def alive(self, table: Tensor) -> dict[str, Any]:
+    def alive(self, table: Callable[[], Tensor]) -> dict[str, Any]:
         """Codes alive now (hit within the last 20 K tokens), at the peak, and lost since; shares of codes by age.
 
         Args:
-            table: The codebook (K, d) as it is now.
+            table: Returns the codebook (K, d) as it is now; it may cost something, and is only asked once codes are dying.
         """
         seen = self.last >= 0
         age = self.tokens - self.last
         young = torch.stack([seen & (age < bound * self.num_codes) for bound in AGES])
-        self._see_jumps(table, young[AGES.index(IDLE_HITS)])
         *counts, tokens = torch.cat([young.sum(1), seen.sum()[None], self.tokens[None]]).tolist()
         alive = counts[AGES.index(IDLE_HITS)]
         self.peak = max(self.peak, alive)
+        died = 0.0 if self.peak == 0 else 1 - alive / self.peak
+        if died > DYING / 3:
+            self._see_jumps(table(), young[AGES.index(IDLE_HITS)])
+        else:
+            self.marks.fill_(torch.nan)
+            self.revived = []
         shares = [count / self.num_codes for count in counts]
         between = [b - a for a, b in itertools.pairwise([0.0, *shares])]
         return {
             "tokens": tokens,
             "alive": alive,
             "peak_alive": self.peak,
-            "died": 0.0 if self.peak == 0 else 1 - alive / self.peak,
-            "revived": sum(self.revived),
+            "died": died,
+            "revived": sum(self.revived) if self.revived else None,
             "never_hit": 1 - shares[-1],
             "ages": dict(zip([*(f"under_{bound}" for bound in AGES), "older"], between, strict=True)),
         }
@@ -101,7 +108,9 @@ class CodeAges:
         """Counts dead codes that went farther since the last look than those that learn, and not by a trifle."""
         direction = torch.randn(table.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         marks = (table.detach() @ direction.to(table)).double().to(self.marks.device)
-        moved, self.marks = (marks - self.marks).abs(), marks
+        moved, known, self.marks = (marks - self.marks).abs(), not bool(self.marks.isnan().any()), marks
+        if not known:
+            return
         usual = moved[alive].median() if bool(alive.any()) else moved.new_zeros(())
         jumped = ~alive & (moved > JUMP * usual) & (moved > JUMP_OF_SPREAD * marks.std())
         self.revived = [*self.revived, int(jumped.sum())][-MEMORY:]
@@ -127,6 +136,11 @@ class CodeAges:
         self.peak, self.revived = int(state["peak"]), [int(count) for count in state["revived"]]
 
 
+def sample_of(num_codes: int) -> int:
+    """How many latents, or codes, are compared with the whole table."""
+    return min(SAMPLE, max(FEWEST, PRODUCTS // num_codes))
+
+
 def spaced(count: int, most: int = SAMPLE, device: torch.device | str = "cpu") -> Tensor:
     """At most `most` positions spread evenly over `count`."""
     return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().to(torch.int64).to(device)
@@ -147,13 +161,16 @@ def closeness(latents: Tensor, indices: Tensor, table: Tensor, metric: Metric) -
         tau = selected.mean().clamp_min(1e-30)
         missed = mass = losers = z.new_zeros(())
         for rows, distance in _distances(z, codes):
-            nearest = (codes[distance.argmin(1)] - z[rows]).square().sum(1)
+            least, first = distance.min(1, keepdim=True)
+            nearest = (codes[first[:, 0]] - z[rows]).square().sum(1)
             missed = missed + (selected[rows] - nearest > MISSED * selected[rows]).sum()
-            soft = torch.softmax(-distance / tau.float(), 1)
-            mass = mass + soft.amax(1).double().sum()
-            others = soft.scatter(1, soft.argmax(1, keepdim=True), 0.0)
-            others = others / others.sum(1, keepdim=True).clamp_min(1e-37)
-            losers = losers - (others * others.clamp_min(1e-37).log()).sum().double()
+            # With the winner's weight 1: its mass is 1 / (1 + s), and the losers' entropy log s - sum w log w / s.
+            log_weight = (least - distance).div_(tau.float())
+            weight = log_weight.exp()
+            s = weight.sum(1) - 1
+            mass = mass + (1 / (1 + s)).double().sum()
+            entropy = s.clamp_min(1e-37).log() - (weight * log_weight).sum(1) / s.clamp_min(1e-37)
+            losers = losers + entropy[s > 1e-30].double().sum()
         square, spread = z.square().sum(), (z - z.mean(0)).square().sum()
         sums = torch.stack([selected.sum(), square, spread, missed, mass, losers]).tolist()
     names = ("error", "latent_square", "latent_spread", "missed", "winner_mass", "log_losers")
@@ -179,7 +196,7 @@ def table_numbers(table: Tensor, metric: Metric) -> dict[str, float]:
     The length is measured from the median code, so that neither an offset of all codes nor a handful of far ones matters.
     """
     codes = compared(table.detach().double(), metric)
-    picked = spaced(len(codes), device=codes.device)
+    picked = spaced(len(codes), sample_of(len(codes)), codes.device)
     median = codes[spaced(len(codes), 4096, codes.device)].median(0).values
     length = (codes[picked] - median).norm(dim=1)
     twins = 0

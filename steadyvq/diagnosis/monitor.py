@@ -176,7 +176,7 @@ class Monitor:
             self._table = self._last.codebook
         assert self._table is not None
         with torch.no_grad():
-            return ages.alive(self._table())
+            return ages.alive(self._table)
 
     def _add(self, name: str, value: float | Tensor) -> None:
         number = value.detach() if isinstance(value, Tensor) else value
