@@ -88,7 +88,12 @@ def main() -> None:
     for size in SIZES:
         inside: list[float] = []
         watched = block(*size, watched=True)
-        row = compared(block(*size, watched=False), lambda: inside.append(watched()), arguments.pairs, most_seconds=130)
+        row = compared(
+            block(*size, watched=False),
+            lambda own=inside, run=watched: own.append(run()),
+            arguments.pairs,
+            most_seconds=130,
+        )
         row["inside"] = statistics.median(inside[1:])
         names = dict(zip(("method", "images", "side", "num_codes", "dim"), size, strict=True))
         rows.append({**names, "tokens": size[1] * (size[2] // 4) ** 2, **row})
