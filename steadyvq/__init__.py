@@ -18,6 +18,7 @@ _HOME = {
     "across_processes": "steadyvq.quantizers",
     "build_quantizer": "steadyvq.quantizers",
     "list_quantizers": "steadyvq.quantizers",
+    "Monitor": "steadyvq.diagnosis",
     "Quantizer": "steadyvq.quantizers",
     "Quantized": "steadyvq.quantizers",
     "Tokenizer": "steadyvq.models",
@@ -26,6 +27,7 @@ _HOME = {
     "Until": "steadyvq.training.stages",
 }
 __all__ = [
+    "Monitor",
     "Quantized",
     "Quantizer",
     "Schedule",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from steadyvq.diagnosis import Monitor
     from steadyvq.models import Tokenizer
     from steadyvq.quantizers import Quantized, Quantizer, across_processes, build_quantizer, list_quantizers
     from steadyvq.training.stages import Schedule, Stage, Until

@@ -123,7 +123,8 @@ def test_a_quantizer_in_one_file_trains(tiny, steadyvq_command, tmp_path):
     (tmp_path / "my_file.py").write_text(HALF_VQ)
     done = steadyvq_command("train", tiny, "--quantizer", "my_file.py:half_vq", "--out", "mine")
     assert done.returncode == 0, done.stderr
-    row = json.loads((tmp_path / "mine" / "log.jsonl").read_text().splitlines()[1])
+    rows = [json.loads(line) for line in (tmp_path / "mine" / "log.jsonl").read_text().splitlines()]
+    row = next(row for row in rows if row["kind"] == "train")
     weighted = 0.5 * (row["loss/commitment"] + row["loss/codebook"])
     assert row["loss"] == pytest.approx(row["loss/reconstruction"] + weighted, rel=1e-5)
     assert "loss/ns" not in row

@@ -18,18 +18,31 @@ ALLOWED = {
     "interop": {"quantizers", "models"},
     "data": set(),
     "metrics": set(),
+    "diagnosis": {"metrics"},
     "report": set(),
-    "training": {"kernels", "quantizers", "models", "data", "metrics", "report"},
-    "experiments": {"kernels", "quantizers", "models", "data", "metrics", "report", "training"},
-    "cli": {"kernels", "quantizers", "models", "interop", "data", "metrics", "report", "training", "experiments"},
+    "training": {"kernels", "quantizers", "models", "data", "metrics", "diagnosis", "report"},
+    "experiments": {"kernels", "quantizers", "models", "data", "metrics", "diagnosis", "report", "training"},
+    "cli": {
+        "kernels",
+        "quantizers",
+        "models",
+        "interop",
+        "data",
+        "metrics",
+        "diagnosis",
+        "report",
+        "training",
+        "experiments",
+    },
     "recipes": set(),
 }
-LIBRARY = ("kernels", "quantizers", "models", "interop")
+LIBRARY = ("kernels", "quantizers", "models", "interop", "diagnosis")
 THIRD_PARTY = {
     "kernels": {"torch"},
     "quantizers": {"torch"},
     "models": {"torch", "safetensors"},
     "interop": {"torch", "safetensors"},
+    "diagnosis": {"torch"},
 }
 
 

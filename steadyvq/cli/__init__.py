@@ -6,6 +6,7 @@
     steadyvq train quickstart --data DIR            a tokenizer for your images
     steadyvq train quickstart --set optim.lr=3e-4   one setting changed
     steadyvq train --resume runs/quickstart         go on after an interruption
+    steadyvq doctor runs/quickstart                 what is wrong with its codebook, if anything
     steadyvq transplant runs/quickstart --codes 4096    a new codebook inside a trained tokenizer
     steadyvq import vqgan.ckpt tokenizer            somebody else's tokenizer as one of ours
 
@@ -212,6 +213,11 @@ def _add_report_and_list(commands: "argparse._SubParsersAction[Parser]") -> None
     )
     report.add_argument("runs", nargs="+", type=Path, help="run folders")
     report.add_argument("--out", type=Path, help="the HTML file (default: report.html in the first run)")
+    doctor = commands.add_parser(
+        "doctor", help="name what is wrong with a codebook, from the log of its training", allow_abbrev=False
+    )
+    doctor.add_argument("log", type=Path, metavar="RUN", help="a run folder, or the log file of a steadyvq.Monitor")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
     listing = commands.add_parser("list", help="methods and recipes", allow_abbrev=False)
     listing.add_argument("what", nargs="?", default="quantizers", choices=("quantizers", "recipes"))
 
@@ -299,6 +305,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from steadyvq.cli.show import report
 
         return report(arguments)
+    if arguments.command == "doctor":
+        from steadyvq.cli.show import doctor
+
+        return doctor(arguments)
     if arguments.command == "list":
         from steadyvq.cli.show import listing
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`steadyvq report` and `steadyvq list`."""
+"""`steadyvq report`, `steadyvq doctor` and `steadyvq list`."""
 
 import argparse
+import json
 
 from steadyvq.cli.common import check_output, say, table
 
@@ -20,6 +21,15 @@ def report(arguments: argparse.Namespace) -> int:
     if unlike:
         say(unlike)
     say(f"report: {page}")
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Prints what the log of a training says about its codebook."""
+    from steadyvq.diagnosis import diagnose, read_log
+
+    found = diagnose(read_log(arguments.log))
+    print(json.dumps(found.to_dict(), indent=1) if arguments.json else found)
     return 0
 
 

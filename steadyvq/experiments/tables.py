@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from steadyvq.experiments import performance
+from steadyvq.experiments.doctor_tables import confusion_table, cost_table, warnings_table
 from steadyvq.experiments.markdown import markdown
 from steadyvq.experiments.recipes import recipe_table, size_table
 from steadyvq.experiments.verdict import comparison_table, notes
@@ -122,6 +123,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "collapse": partial(arms_table, "collapse"),
     "tuning": partial(arms_table, "tuning"),
+    "doctor": lambda: confusion_table(evidence("doctor")["runs"]),
+    "monitor-warnings": lambda: warnings_table(evidence("doctor")["runs"]),
+    "monitor-cost": lambda: cost_table(evidence("monitor_cost")),
     **{
         f"performance-{group}": partial(performance_table, group)
         for group in ("search", "memory", "dense", "step", "scaling")

@@ -3,18 +3,17 @@
 
 import math
 
-from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def relative_quantisation_error(latents: Float[Tensor, "*N d"], z_q: Float[Tensor, "*N d"]) -> float:
+def relative_quantisation_error(latents: Tensor, z_q: Tensor) -> float:
     """Return sum_i |z_q_i - z_i|^2 / sum_i |z_i - mean z|^2 over all latents.
 
     Unlike the commitment loss it does not change when the latents are scaled: 0 is lossless, 1 is no better than
     replacing every latent by the mean. It is infinite for latents that are all equal and not met exactly.
 
     Args:
-        latents: Encoder outputs z, features last.
+        latents: Encoder outputs z, (..., d), features last.
         z_q: Their codes, the same shape.
     """
     z = _rows(latents)
@@ -22,14 +21,14 @@ def relative_quantisation_error(latents: Float[Tensor, "*N d"], z_q: Float[Tenso
     return _ratio(error, float((z - z.mean(0)).square().sum()))
 
 
-def encoder_drift(before: Float[Tensor, "*N d"], after: Float[Tensor, "*N d"]) -> tuple[float, float]:
+def encoder_drift(before: Tensor, after: Tensor) -> tuple[float, float]:
     """Return how far the same inputs' latents moved: relative to their spread, and as a plain RMS distance.
 
     drift = sqrt(mean_i |after_i - before_i|^2) / sqrt(mean_i |before_i - mean before|^2), so 0 is no movement and 1 a
     movement as large as the spread of the latents.
 
     Args:
-        before: Latents of the probe batch earlier, features last.
+        before: Latents of the probe batch earlier, (..., d), features last.
         after: Latents of the same batch now, the same shape.
 
     Returns:
@@ -40,7 +39,7 @@ def encoder_drift(before: Float[Tensor, "*N d"], after: Float[Tensor, "*N d"]) -
     return _ratio(moved, math.sqrt(float((old - old.mean(0)).square().sum(1).mean()))), moved
 
 
-def assignment_churn(before: Int[Tensor, "*M"], after: Int[Tensor, "*M"]) -> float:
+def assignment_churn(before: Tensor, after: Tensor) -> float:
     """Return the fraction of positions whose index changed; positions masked (-1) in both are left out."""
     counted = (before >= 0) | (after >= 0)
     return float((before != after).sum()) / max(1, int(counted.sum()))
@@ -53,13 +52,11 @@ class Probe:
         self._latents: Tensor | None = None
         self._indices: Tensor | None = None
 
-    def __call__(
-        self, latents: Float[Tensor, "*N d"], z_q: Float[Tensor, "*N d"], indices: Int[Tensor, "*M"]
-    ) -> dict[str, float | None]:
+    def __call__(self, latents: Tensor, z_q: Tensor, indices: Tensor) -> dict[str, float | None]:
         """Measure the probe batch.
 
         Args:
-            latents: Encoder outputs of the probe batch, features last; the same inputs in the same order at each call.
+            latents: Encoder outputs of the probe batch, (..., d); the same inputs in the same order each time.
             z_q: Their codes.
             indices: Their indices; of several layers all are compared.
 

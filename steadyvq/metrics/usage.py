@@ -5,7 +5,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 
@@ -57,11 +56,11 @@ class UsageMeter:
         self.num_codes = num_codes
         self.counts = torch.zeros(num_codes, dtype=torch.int64, device=device)
 
-    def update(self, indices: Int[Tensor, "..."]) -> None:
+    def update(self, indices: Tensor) -> None:
         """Count a batch of indices of any shape.
 
         Args:
-            indices: Integers in [0, K); -1 marks masked positions, which are not counted.
+            indices: Integers in [0, K), any shape; -1 marks masked positions, which are not counted.
 
         Raises:
             ValueError: An index is outside [-1, K).

@@ -177,6 +177,7 @@ class Engine:
                     asked = self._train_step(stop)
                     self.seconds = time.monotonic() - started
                     self._log_window()
+                    self._log_rows(progress)
                     progress.advance(self._note)
                     if asked is not None:
                         # Before an evaluation, which may take longer than a cluster grants; a resume begins with it.
@@ -282,6 +283,18 @@ class Engine:
         row = {**self._where(), "stage": self.schedule.stage.name, **values}
         self.processes.first(lambda: self.run.log("train", **row))
         self._log_data()
+
+    def _log_rows(self, progress: ProgressReport) -> None:
+        rows = self.task.rows()
+        for row in rows:
+            if row["kind"] == "warning":
+                progress.say(row["text"])
+        if rows:
+            self.processes.first(lambda: self._write_rows(rows))
+
+    def _write_rows(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            self.run.log(**{**row, **self._where()})
 
     def _where(self) -> dict[str, Any]:
         epoch = (self.step - 1) // self.config.steps_per_epoch if self.step else 0

@@ -141,6 +141,10 @@ class Task(ABC):
     def check_accumulation(self) -> None:  # noqa: B027
         """Raises ValueError if, in the present stage, micro-batches do not add up to the batch."""
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows for the log that came about since the last call, each with its `kind`; asked for after every step."""
+        return []
+
     def end_epoch(self, epoch: int) -> Mapping[str, float | None]:
         """Measures of the trained (not averaged) weights after an epoch, for the log.
 

@@ -29,6 +29,7 @@ from steadyvq.training.processes import launched
 from steadyvq.training.run import RunFolder
 from steadyvq.training.stages import Schedule, quantizer_weights
 from steadyvq.training.task import StepOutput, Task
+from steadyvq.training.watch import CodebookWatch
 from steadyvq.training.weights import load_weights
 
 OBJECTIVE = "tokenizer"
@@ -131,10 +132,18 @@ class TokenizerTask(Task):
                 self.train_crops, usable_workers(launched(os.environ)[0]) if workers is None else workers
             )
         self.probe = Probe()
+        self.watch: CodebookWatch | None = None
+        if isinstance(self.quantizer, VectorQuantizer):
+            self.watch = CodebookWatch(self.quantizer, config.steps_per_epoch)
+        self._encoder_learns = True
         losses = getattr(self.quantizer, "losses", {})
         own = {"perceptual"} if self.perceptual is not None else set()
         own |= {"latent"} if config.latent else set()
         self.watchable = frozenset({"loss", "reconstruction", "relative_error", *losses, *own})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What the monitor of the codebook measured and said."""
+        return [] if self.watch is None else self.watch.rows()
 
     @property
     def quantizer(self) -> Quantizer:
@@ -274,6 +283,8 @@ class TokenizerTask(Task):
             return {}
         made = [output.extra.quantized for output in outputs]
         events = self.quantizer.update(made, optimizer, average)
+        if self.watch is not None:
+            self.watch.step(made, [output.logs for output in outputs], encoder_learns=self._encoder_learns)
         logs: dict[str, float | Tensor] = {f"vq/{name}": value for name, value in events.items()}
         logs["vq/relative_error"] = _relative_error(made, self.quantizer)
         logs |= {} if self.adversary is None else self.adversary.events()
@@ -293,6 +304,8 @@ class TokenizerTask(Task):
         if self.adversary is not None:
             self.adversary.check(schedule)
         schedule.apply(self.parts(), self.quantizer, losses=LOSSES)
+        encoder = self.parts()["encoder"]
+        self._encoder_learns = any(p.requires_grad for part in encoder for p in part.parameters())
 
     def check_accumulation(self) -> None:
         """Refuses losses that couple the latents of a batch, in any stage, and batch normalisation that couples images."""
@@ -342,7 +355,8 @@ class TokenizerTask(Task):
         """The probe's memory, which LPIPS trained, and what could not be read."""
         perceptual = {} if self.perceptual is None else {"perceptual": self.perceptual.weights_hash}
         feed = {} if self.feed is None else {"feed": self.feed.state_dict()}
-        return {"probe": self.probe.state_dict(), **perceptual, **feed}
+        monitor = {} if self.watch is None else {"monitor": self.watch.monitor.state_dict()}
+        return {"probe": self.probe.state_dict(), **monitor, **perceptual, **feed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`; refuses to go on with another LPIPS."""
@@ -352,6 +366,8 @@ class TokenizerTask(Task):
                 f"{self.perceptual.weights_hash[:12]}: name the same ones with --set perceptual_weights=PATH"
             )
         self.probe.load_state_dict(state["probe"])
+        if self.watch is not None and "monitor" in state:
+            self.watch.monitor.load_state_dict(state["monitor"])
         if self.feed is not None:
             self.feed.load_state_dict(state["feed"])
 
