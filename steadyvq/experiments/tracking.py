@@ -29,7 +29,7 @@ class Candidate:
         quantizer: What `build_quantizer` takes.
         options: Its overrides.
         rate: Learning rate of everything that the quantizer trains.
-        init: `none`, `data` or `kmeans`, on the first latents.
+        init: `none`, `data` or `kmeans`, on the latents that `Follower.begin` is given, or on the first batch.
         normalise: `none`, `center` (latents less a moving mean) or `scale` (and divided by their moving spread).
         ns_until: Share of the stream after which the non-stationary loss is off.
         transport: The codes are moved by an affine map fitted to how the probe has moved since the last look.
@@ -67,12 +67,12 @@ class Follower:
         trained = [p for p in self.quantizer.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=candidate.rate, betas=BETAS) if trained else None
         self.mean, self.spread = torch.zeros(dim), torch.ones(())
-        self.done = 0
+        self.done, self.begun = 0, False
 
     def step(self, latents: Tensor) -> None:
         """Learns from a batch of latents (N, d)."""
-        if self.done == 0:
-            self._begin(latents)
+        if not self.begun:
+            self.begin(latents)
         self._follow_moments(latents)
         if self.done == int(self.candidate.ns_until * self.steps) and self.candidate.ns_until < 1:
             self.quantizer.configure(weights={"ns": 0.0})
@@ -90,7 +90,9 @@ class Follower:
         self.quantizer.update(out, self.optimizer)
         self.done += 1
 
-    def _begin(self, latents: Tensor) -> None:
+    def begin(self, latents: Tensor) -> None:
+        """Places the codes on latents (N, d), if the candidate asks for it."""
+        self.begun = True
         self.mean, self.spread = latents.mean(0), latents.std()
         if self.candidate.init != "none":
             self.quantizer.init_from(self._inward(latents), method=self.candidate.init)
@@ -176,7 +178,7 @@ def spread(latents: Tensor) -> float:
 
 def used(indices: Tensor, num_codes: int) -> float:
     """Share of the codes that are hit."""
-    return len(indices.unique()) / num_codes
+    return len(torch.unique(indices)) / num_codes
 
 
 @torch.no_grad()

@@ -95,7 +95,7 @@ def _run(cell: Cell, motion: str, rate: float) -> dict[str, Any]:
             use.append([step + 1, round(used(indices, s["codes"]), 4)])
             regret.append([step + 1, round(min(WORST, decibels(distortion(points, made), best)), 3)])
             hit = torch.zeros(s["codes"], 1)
-            hit[indices.unique()] = 1
+            hit[torch.unique(indices)] = 1
             seen.append(torch.cat([follower.codes(), hit], 1).numpy())
     return {"rate": rate, "use": use, "regret": regret, "codes": np.stack(seen).astype(np.float32)}
 
