@@ -31,6 +31,42 @@ from steadyvq.training.run import RunFolder
 from steadyvq.training.task import StepOutput
 from steadyvq.training.tokenizer_task import TokenizerTask
 
+_PROBES: dict[str, Any] = {
+    "recipe": "quickstart",
+    "probe": 160,
+    "judge": 96,
+    "codes": 1024,
+    "iterations": 8,
+    "source_cost": 10,
+}
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {**_PROBES, "config": {"epochs": 3, "eval_every": 3}, "every": 25},
+    "small": {
+        **_PROBES,
+        "config": {"epochs": 20, "eval_every": 20},
+        "every": 50,
+        "probe": 512,
+        "judge": 256,
+        "iterations": 15,
+    },
+    "full": {
+        **_PROBES,
+        "config": {
+            "epochs": 50,
+            "eval_every": 50,
+            "data": {"epoch_samples": 6400},
+            "batch_size": 32,
+            "quantizer": {"num_codes": 4096},
+        },
+        "every": 50,
+        "probe": 2048,
+        "judge": 1024,
+        "codes": 4096,
+        "iterations": 20,
+    },
+}
+"""Settings of the run whose latents are kept, by profile."""
+
 PROBE_EPOCH = 1_000_000
 """Crops of an epoch that no run reaches."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from steadyvq.experiments.claims import Claim, Decision, Results, above, below, one_each
-from steadyvq.experiments.latents import Dump, as_tensor, source
+from steadyvq.experiments.latents import SIZES, Dump, as_tensor, source
 from steadyvq.experiments.study import Cell, Computed, Curve, Measure, Study, Values
 from steadyvq.experiments.tracking import Candidate, Follower, decibels, distortion, distortion_of, used
 
@@ -175,48 +175,18 @@ CLAIMS = (
     Claim("SimVQ is within 0.1 dB of the oracle", NOTES, _near_oracle),
 )
 
-PROBES = {"recipe": "quickstart", "probe": 160, "judge": 96, "codes": 1024, "iterations": 8, "source_cost": 10}
-
 STUDY = Study(
     name="replay",
     title="Latents of a real run, replayed",
     question="Which codebook follows the latents of a real encoder, at what use, lag and regret over k-means?",
     protocol=(
-        "A run of `{recipe}` leaves the latents of its batches (float16); every candidate sees them in the same order. Every "
-        "{every} steps it is judged on latents of other crops against k-means fitted to those of {probe} crops at that moment; "
-        "K = {codes}, placed on the first 8 batches where a candidate asks for that. Regret is the mean over the second half, `final` that of the last look. Lag: how many steps ago the "
-        "latents were that the codes fit best. The encoder does not react: what wins here has to be confirmed in training."
+        "A run of `{recipe}` leaves the latents of its batches (float16); every candidate sees them in the same order. "
+        "Every {every} steps it is judged on latents of other crops against k-means fitted to those of {probe} crops at "
+        "that moment; K = {codes}, placed on the first 8 batches where a candidate asks for that. Regret is the mean over "
+        "the second half, `final` that of the last look. Lag: how many steps ago the latents were that the codes fit "
+        "best. The encoder does not react: what wins here has to be confirmed in training."
     ),
-    profiles={
-        "tiny": {
-            **PROBES,
-            "config": {"epochs": 3, "eval_every": 3},
-            "every": 25,
-        },
-        "small": {
-            **PROBES,
-            "config": {"epochs": 20, "eval_every": 20},
-            "every": 50,
-            "probe": 512,
-            "judge": 256,
-            "iterations": 15,
-        },
-        "full": {
-            **PROBES,
-            "config": {
-                "epochs": 50,
-                "eval_every": 50,
-                "data": {"epoch_samples": 6400},
-                "batch_size": 32,
-                "quantizer": {"num_codes": 4096},
-            },
-            "every": 50,
-            "probe": 2048,
-            "judge": 1024,
-            "codes": 4096,
-            "iterations": 20,
-        },
-    },
+    profiles=SIZES,
     arms=arms,
     claims=CLAIMS,
     measures=(

@@ -223,9 +223,9 @@ STUDY = Study(
     title="Sources that move in the plane",
     question="Which codebooks follow a source that translates, rotates, shrinks or expands?",
     protocol=(
-        "A mixture of 32 Gaussians in the plane moves over {steps} steps of {batch} points; {codes} codes. Every method with a "
-        "table, at that of the rates {rates} with the least regret over the first half; use and regret over k-means, judged by "
-        "{judged} fresh points at 20 times, are means over the second half. No encoder, no network."
+        "A mixture of 32 Gaussians in the plane moves over {steps} steps of {batch} points; {codes} codes. Every method "
+        "with a table, at that of the rates {rates} with the least regret over the first half; use and regret over "
+        "k-means, judged by {judged} fresh points at 20 times, are means over the second half. No encoder, no network."
     ),
     profiles={
         "tiny": {"steps": 120, "batch": 256, "codes": 64, "judged": 1024, "rates": [0.01, 0.1]},
