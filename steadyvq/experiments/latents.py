@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from steadyvq.experiments.runner import run_config
+from steadyvq.experiments.runner import fresh_run, run_config
 from steadyvq.experiments.study import Cell, Computed, Trained, Values
 from steadyvq.experiments.tracking import best_codes, distortion_of, explained, spread
 from steadyvq.training.average import WeightAverage
 from steadyvq.training.loop import Engine
-from steadyvq.training.run import RunFolder
 from steadyvq.training.task import StepOutput
 from steadyvq.training.tokenizer_task import TokenizerTask
 
@@ -112,10 +111,7 @@ def dump(cell: Cell) -> Values:
     """Trains, keeps the latents, and fits k-means to every look; tells how far and how linearly the encoder moved."""
     s = cell.settings
     task = DumpingTask(s, cell.seed)
-    run = RunFolder(cell.folder / "run", task.config)
-    if not run.log_path.is_file():
-        run.begin("latents for an experiment")
-    Engine(task, run, quiet=True).fit()
+    Engine(task, fresh_run(cell.folder, task.config), quiet=True).fit()
     steps, probes, judges = zip(*task.looks, strict=True)
     dumped = {"stream": np.stack(task.stream), "probe": np.stack(probes), "judge": np.stack(judges)}
     looks = [torch.from_numpy(probe).float() for probe in probes]

@@ -8,6 +8,7 @@ needs. It is part of the folder's name, so a changed setting makes a new cell an
 import hashlib
 import json
 import shlex
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from steadyvq.experiments.claims import Results
 from steadyvq.experiments.study import ArmPlan, Cell, Computed, Study, Trained
 from steadyvq.files import write_text
 from steadyvq.training.config import RunConfig, read_recipe, resolve
-from steadyvq.training.run import source_commit
+from steadyvq.training.run import RunFolder, source_commit
 from steadyvq.training.strict import merge
 
 RESULT = "result.json"
@@ -102,6 +103,12 @@ class CellJob:
 def run_config(plan: Trained, seed: int) -> RunConfig:
     """The configuration of a training run, without where it starts from."""
     return resolve(merge(merge(read_recipe(plan.recipe), dict(plan.settings)), {"seed": seed}))
+
+
+def fresh_run(folder: Path, config: RunConfig) -> RunFolder:
+    """A run folder for a computed arm, which begins anew where it was interrupted."""
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    return RunFolder.create(folder / "run", config, "an arm of an experiment")
 
 
 def _key(plan: ArmPlan, seed: int, needed: Mapping[str, str]) -> str:

@@ -32,7 +32,8 @@ class Candidate:
         init: `none`, `data` or `kmeans`, on the latents that `Follower.begin` is given, or on the first batch.
         normalise: `none`, `center` (latents less a moving mean) or `scale` (and divided by their moving spread).
         ns_until: Share of the stream after which the non-stationary loss is off.
-        transport: The codes are moved by an affine map fitted to how the probe has moved since the last look.
+        transport: `none`; or `idle`: codes without a hit since the last look are moved by the affine map that was fitted to how
+            the probe has moved since then (the others have followed their latents already).
         polish: Passes of Lloyd's iterations over the last latents at the end.
         cosine: The rate falls to zero along a cosine.
     """
@@ -43,7 +44,7 @@ class Candidate:
     init: str = "none"
     normalise: str = "none"
     ns_until: float = 1.0
-    transport: bool = False
+    transport: str = "none"
     polish: int = 0
     cosine: bool = False
 
@@ -68,6 +69,7 @@ class Follower:
         self.optimizer = torch.optim.Adam(trained, lr=candidate.rate, betas=BETAS) if trained else None
         self.mean, self.spread = torch.zeros(dim), torch.ones(())
         self.done, self.begun = 0, False
+        self.hit = torch.zeros(num_codes, dtype=torch.bool)
 
     def step(self, latents: Tensor) -> None:
         """Learns from a batch of latents (N, d)."""
@@ -88,6 +90,8 @@ class Follower:
                 loss.backward()
                 self.optimizer.step()
         self.quantizer.update(out, self.optimizer)
+        if self.candidate.transport != "none":
+            self.hit[out.indices] = True
         self.done += 1
 
     def begin(self, latents: Tensor) -> None:
@@ -127,16 +131,19 @@ class Follower:
 
     @torch.no_grad()
     def transport(self, before: Tensor, after: Tensor) -> None:
-        """Moves the codes by the affine map that takes the probe of the last look to that of now."""
-        if not self.candidate.transport:
+        """Moves the codes that had no hit since the last look by the map that takes the probe of then to that of now."""
+        if self.candidate.transport == "none":
             return
         quantizer = self.quantizer
         assert isinstance(quantizer, VectorQuantizer)
         matrix, shift = affine(before, after)
-        table = quantizer.codebook() @ matrix + shift
+        table = quantizer.codebook()
+        idle = (~self.hit).nonzero().flatten()
+        table[idle] = table[idle] @ matrix + shift
         quantizer.codes.set_rows_(table)
         for part in quantizer.active_maintenance():
-            part.rows_set(table)
+            part.rows_moved(idle, table)
+        self.hit.zero_()
 
     @torch.no_grad()
     def polish(self, latents: Tensor) -> None:

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steadyvq.experiments.claims import Claim, Decision, Results, above, below, one_each
-from steadyvq.experiments.runner import run_config
+from steadyvq.experiments.runner import fresh_run, run_config
 from steadyvq.experiments.study import Cell, Computed, Curve, Measure, Study, Trained, Values
 from steadyvq.metrics import encoder_drift
 from steadyvq.training.average import WeightAverage
 from steadyvq.training.loop import Engine
-from steadyvq.training.run import RunFolder
 from steadyvq.training.task import StepOutput
 from steadyvq.training.tokenizer_task import TokenizerTask
 
@@ -99,10 +98,7 @@ class MeteredTask(TokenizerTask):
 def metered(cell: Cell) -> Values:
     """A run with meters; means over its second half, where nothing is as at the start any more."""
     task = MeteredTask(cell.settings, cell.seed)
-    run = RunFolder(cell.folder / "run", task.config)
-    if not run.log_path.is_file():
-        run.begin("meters for an experiment")
-    Engine(task, run, quiet=True).fit()
+    Engine(task, fresh_run(cell.folder, task.config), quiet=True).fit()
     late = {name: [v for _, v in readings[len(readings) // 2 :]] for name, readings in task.readings.items()}
     found: Values = {name: round(mean(values), 4) for name, values in late.items()}
     return {**found, "curves": {name: [list(r) for r in readings] for name, readings in task.readings.items()}}

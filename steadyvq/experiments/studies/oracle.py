@@ -19,7 +19,7 @@ def arms(settings: Mapping[str, Any]) -> dict[str, Computed | Trained]:
     refit = {"maintenance": {"refit": {"every": 25}}}
     codes = settings["source"]["codes"]
     tried = {f"replayed oracle, every {n}": _oracle(n) for n in settings["every"]}
-    others = {"simvq lr 0.01": "simvq", "nsvq lr 0.1": "nsvq", BEST: "ema + replacement"}
+    others = {"simvq lr 0.01": "simvq", "nsvq lr 0.01": "nsvq", BEST: "ema + replacement"}
     tried |= {f"replayed {name}": candidates()[key] for key, name in others.items()}
     for name, candidate in tried.items():
         made[name] = Computed(replay, {"candidate": candidate, "codes": codes}, needs=["source"], steps=10)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from steadyvq.experiments.claims import Claim, Decision, Results, above, one_each
-from steadyvq.experiments.runner import run_config
+from steadyvq.experiments.runner import fresh_run, run_config
 from steadyvq.experiments.study import Cell, Computed, Measure, Study, Trained, Values
 from steadyvq.models import Tokenizer
 from steadyvq.training.loop import Engine
-from steadyvq.training.run import RunFolder
 from steadyvq.training.tokenizer_task import TokenizerTask
 
 PAPER = "arXiv 2606.11363, Eqs 30-31"
@@ -27,10 +26,7 @@ def pairs(cell: Cell) -> Values:
     )
     task = TokenizerTask(config)
     if s["trained"]:
-        run = RunFolder(cell.folder / "run", config)
-        if not run.log_path.is_file():
-            run.begin("an encoder for an experiment")
-        Engine(task, run, quiet=True).fit()
+        Engine(task, fresh_run(cell.folder, config), quiet=True).fit()
     images = task.train_crops.batch(10**6, 0, s["images"])
     task.tokenizer.requires_grad_(True)
     found = [_pair(task.tokenizer, images, first, s["rate"]) for first in range(s["images"] // 2)]
