@@ -20,7 +20,10 @@ def experiment(arguments: argparse.Namespace) -> int:
     study = study_of(arguments.name)
     out: Path = arguments.out or Path("runs") / "experiments" / f"{study.name}-{arguments.profile}"
     check_output(out, folder=True)
-    plan = Experiment(study, arguments.profile, arguments.seeds or study.seeds, out)
+    seeds = study.seeds if arguments.seeds is None else arguments.seeds
+    if arguments.workers is not None and arguments.workers < 1:
+        raise ValueError(f"--workers is {arguments.workers}, but the work needs at least 1 process")
+    plan = Experiment(study, arguments.profile, seeds, out)
     say(f"{len(plan.plans)} arms, {plan.seeds} seed(s): {len(plan.missing())} of {len(plan.jobs)} cells to do")
     try:
         plan.run(arguments.workers)
