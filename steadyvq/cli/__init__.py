@@ -9,6 +9,7 @@
     steadyvq doctor runs/quickstart                 what is wrong with its codebook, if anything
     steadyvq transplant runs/quickstart --codes 4096    a new codebook inside a trained tokenizer
     steadyvq import vqgan.ckpt tokenizer            somebody else's tokenizer as one of ours
+    steadyvq experiment toy-drift                   a claim of the papers, tested in minutes
 
 Only the parser is imported here: torch is loaded by the command that needs it, so `--help` is instant.
 """
@@ -62,6 +63,7 @@ def build_parser() -> Parser:
     _add_data(commands)
     _add_report_and_list(commands)
     _add_kernels(commands)
+    _add_experiment(commands)
     return parser
 
 
@@ -234,6 +236,20 @@ def _add_kernels(commands: "argparse._SubParsersAction[Parser]") -> None:
     explain.add_argument("--measure", action="store_true", help="also time the search on this CPU")
 
 
+def _add_experiment(commands: "argparse._SubParsersAction[Parser]") -> None:
+    experiment = commands.add_parser(
+        "experiment", help="test claims of the papers; every one is a command", allow_abbrev=False
+    )
+    experiment.add_argument("name", nargs="?", help="which one (--list shows all)")
+    experiment.add_argument("--list", action="store_true", help="all experiments and what they ask")
+    experiment.add_argument("--profile", default="tiny", choices=("tiny", "small", "full"), help="size (default: tiny)")
+    experiment.add_argument("--seeds", type=int, help="seeds per arm (default: the experiment's, 3 or more)")
+    experiment.add_argument(
+        "--out", type=Path, help="the folder; given again, it goes on (default: runs/experiments/NAME-PROFILE)"
+    )
+    experiment.add_argument("--workers", type=int, help="processes at a time (default: one per core)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 2 bad input, 3 failed, 130 interrupted."""
     arguments = build_parser().parse_args(argv)
@@ -317,6 +333,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from steadyvq.cli.kernels import explain
 
         return explain(arguments)
+    if arguments.command == "experiment":
+        from steadyvq.cli.experiment import experiment
+
+        return experiment(arguments)
     if arguments.command in ("import", "export"):
         from steadyvq.cli import exchange
 

@@ -21,7 +21,7 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -37,6 +37,28 @@ BARS = 12
 """Most bars that are shown at once."""
 
 
+class Job(Protocol):
+    """A piece of work for a process of its own: it leaves all that it finds in its folder and can be begun again."""
+
+    @property
+    def path(self) -> Path:
+        """Its folder, which no other job has."""
+
+    @property
+    def title(self) -> str:
+        """What it is called where progress is shown."""
+
+    @property
+    def steps(self) -> int:
+        """How much work it is, in units that all jobs of a list share."""
+
+    def done(self) -> int:
+        """How much of it has been done."""
+
+    def run(self) -> None:
+        """Does the work, or the rest of it."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One run of a comparison: its configuration, its folder, and the command that repeats it."""
@@ -44,6 +66,24 @@ class Arm:
     config: RunConfig
     path: Path
     command: str
+
+    @property
+    def title(self) -> str:
+        """The title of the configuration."""
+        return self.config.title
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return self.config.epochs * self.config.steps_per_epoch
+
+    def done(self) -> int:
+        """Steps that its log holds."""
+        return last_step(self.path)
+
+    def run(self) -> None:
+        """Trains it, or goes on with it."""
+        _fit(self)
 
 
 def arm_configs(
@@ -80,15 +120,15 @@ def is_done(run: Path) -> bool:
     return info.is_file() and json.loads(info.read_text())["status"] == "done"
 
 
-def _train(arm: Arm, tell: "Connection[str, str]") -> None:
-    """Trains one arm in this process and tells why it failed, if it does; exit codes are those of the command line."""
+def _work(job: Job, tell: "Connection[str, str]") -> None:
+    """Does one job in this process and tells why it failed, if it does; exit codes are those of the command line."""
     import torch
 
     from steadyvq.training.loop import Diverged, Interrupted
 
     torch.set_num_threads(1)
     try:
-        _fit(arm)
+        job.run()
     except (Interrupted, KeyboardInterrupt):
         raise SystemExit(130) from None
     except (ValueError, OSError, Diverged) as error:
@@ -101,6 +141,7 @@ def _train(arm: Arm, tell: "Connection[str, str]") -> None:
 
 
 def _fit(arm: Arm) -> None:
+    """Trains an arm in this process, or goes on with it."""
     from steadyvq.experiments.memory import PeakMemory
     from steadyvq.training.loop import Engine
     from steadyvq.training.photographs import load_photographs
@@ -136,20 +177,20 @@ class ArmFailed(Exception):
 
 @dataclass(frozen=True)
 class _Running:
-    """An arm in its process, and where that says why it failed."""
+    """A job in its process, and where that says why it failed."""
 
-    arm: Arm
+    job: Job
     process: BaseProcess
     reason: "Connection[str, str]"
 
     @classmethod
-    def start(cls, arm: Arm) -> "_Running":
+    def start(cls, job: Job) -> "_Running":
         context = _context()
         reason, tell = context.Pipe(duplex=False)
-        process = context.Process(target=_train, args=(arm, tell), daemon=False)  # type: ignore[attr-defined]
+        process = context.Process(target=_work, args=(job, tell), daemon=False)  # type: ignore[attr-defined]
         process.start()
         tell.close()
-        return cls(arm, process, reason)
+        return cls(job, process, reason)
 
     def failure(self) -> str | None:
         """Why it failed, if it did.
@@ -169,12 +210,12 @@ class _Running:
 
 
 def train_arms(
-    arms: Sequence[Arm], workers: int | None = None, *, keep_going: bool = False, later: int = 0
+    arms: Sequence[Job], workers: int | None = None, *, keep_going: bool = False, later: int = 0
 ) -> dict[Path, str]:
-    """Trains all arms, some at a time, showing how far each is; what went wrong is said on stderr.
+    """Trains all arms (or does other jobs), some at a time, showing how far each is; what went wrong is said on stderr.
 
     Args:
-        arms: What is trained.
+        arms: What is trained or done.
         workers: Processes at a time (None: one per core; one on a machine with a GPU).
         keep_going: An arm that fails does not stop the others.
         later: Steps that will follow after these arms, for the time left.
@@ -195,18 +236,18 @@ def train_arms(
                     running.append(_Running.start(waiting.pop(0)))
                 time.sleep(POLL_SECONDS)
                 watch.look()
-                for job in [job for job in running if job.process.exitcode is not None]:
-                    running.remove(job)
-                    if reason := job.failure():
-                        watch.fail(job.arm, reason)
-                        _check(job, keep_going)
-                        failed[job.arm.path] = reason
+                for ended in [one for one in running if one.process.exitcode is not None]:
+                    running.remove(ended)
+                    if reason := ended.failure():
+                        watch.fail(ended.job, reason)
+                        _check(ended, keep_going)
+                        failed[ended.job.path] = reason
         except KeyboardInterrupt:
             # Ctrl-C on a terminal reaches the arms too; asked a second time they would stop without saving.
-            _stop([job.process for job in running], grace=GRACE_SECONDS)
+            _stop([one.process for one in running], grace=GRACE_SECONDS)
             raise
         except BaseException:
-            _stop([job.process for job in running], grace=0.0)
+            _stop([one.process for one in running], grace=0.0)
             raise
     return failed
 
@@ -229,9 +270,9 @@ def _default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check(job: _Running, keep_going: bool) -> None:
+def _check(ended: _Running, keep_going: bool) -> None:
     if not keep_going:
-        raise ArmFailed(f"the arm in {job.arm.path} ended with exit code {job.process.exitcode}")
+        raise ArmFailed(f"the arm in {ended.job.path} ended with exit code {ended.process.exitcode}")
 
 
 @contextmanager
@@ -265,14 +306,15 @@ def _stop(processes: Sequence[BaseProcess], grace: float) -> None:
 
 
 class _Watch:
-    """Shows the progress of runs by reading their logs: bars on a terminal, a line now and then elsewhere."""
+    """Shows the progress of jobs by what they leave: bars on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, arms: Sequence[Arm], later: int = 0) -> None:
-        self._totals = {arm.path: arm.config.epochs * arm.config.steps_per_epoch for arm in arms}
-        titles = [arm.config.title for arm in arms]
+    def __init__(self, arms: Sequence[Job], later: int = 0) -> None:
+        self._totals = {arm.path: arm.steps for arm in arms}
+        self._done = {arm.path: arm.done for arm in arms}
+        titles = [arm.title for arm in arms]
         self._names = {a.path: t if titles.count(t) == 1 else a.path.name for a, t in zip(arms, titles, strict=True)}
         # What a resumed run has behind it took no time of ours.
-        self._before = sum(map(last_step, self._totals))
+        self._before = sum(arm.done() for arm in arms)
         self._later = later
         self._failed: set[Path] = set()
         self._console = Console(stderr=True)
@@ -297,15 +339,15 @@ class _Watch:
         if self._progress:
             self._progress.stop()
 
-    def fail(self, arm: Arm, reason: str) -> None:
-        """Says why an arm failed, and waits for it no more."""
-        self._failed.add(arm.path)
-        self._console.print(f"{arm.config.title}: {reason}", highlight=False, soft_wrap=True, markup=False)
+    def fail(self, job: Job, reason: str) -> None:
+        """Says why a job failed, and waits for it no more."""
+        self._failed.add(job.path)
+        self._console.print(f"{job.title}: {reason}", highlight=False, soft_wrap=True, markup=False)
 
     def look(self) -> None:
         """Reads the logs and shows them."""
         # What a failed arm has left will not be done.
-        steps = {path: n if path in self._failed else last_step(path) for path, n in self._totals.items()}
+        steps = {path: n if path in self._failed else self._done[path]() for path, n in self._totals.items()}
         if self._progress:
             self._show_bars(self._progress, steps)
             return

@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import runpy
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,14 @@ from typing import Any
 from steadyvq.experiments import performance
 from steadyvq.experiments.doctor_tables import confusion_table, cost_table, warnings_table
 from steadyvq.experiments.markdown import markdown
+from steadyvq.experiments.pages import claims_and_arms, duration
 from steadyvq.experiments.recipes import recipe_table, size_table
+from steadyvq.experiments.study import studies, study_of
 from steadyvq.experiments.verdict import comparison_table, notes
 from steadyvq.quantizers import methods
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def method_table() -> str:
@@ -74,6 +77,32 @@ def compare_table() -> str:
     """What `steadyvq compare` found, and what has to be said of it."""
     rows = evidence("compare")["methods"]
     return comparison_table(rows) + "\n" + "".join(f"- {note}\n" for note in notes(rows))
+
+
+def recorded_experiments() -> list[str]:
+    """Experiments with a checked-in record."""
+    return sorted(path.stem for path in (ROOT / "docs" / "evidence" / "experiments").glob("*.json"))
+
+
+def experiment_table(name: str) -> str:
+    """What an experiment found: claims with verdicts, arms with numbers."""
+    return claims_and_arms(study_of(name), evidence(f"experiments/{name}"))
+
+
+def experiments_table() -> str:
+    """Every experiment: what it asks, and what its record says and took."""
+    rows, seconds = [], 0.0
+    for name, study in studies().items():
+        cells = ["not recorded", "-", "-"]
+        if name in recorded_experiments():
+            record = evidence(f"experiments/{name}")
+            seconds += record["seconds"]
+            verdicts = Counter(claim["verdict"] for claim in record["claims"])
+            runs = f"{len({c['arm'] for c in record['cells']})} arms, {record['seeds']} seeds"
+            cells = [", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()), runs, duration(record["seconds"])]
+        rows.append([f"`{name}`", study.question, *cells])
+    rows.append(["all recorded", "", "", "", duration(seconds)])
+    return markdown(["experiment", "question", "claims", "profile `tiny`", "one core"], rows)
 
 
 DEMO_ARMS = {
@@ -126,6 +155,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "doctor": lambda: confusion_table(evidence("doctor")["runs"]),
     "monitor-warnings": lambda: warnings_table(evidence("doctor")["runs"]),
     "monitor-cost": lambda: cost_table(evidence("monitor_cost")),
+    "experiments": experiments_table,
+    **{f"experiment-{name}": partial(experiment_table, name) for name in recorded_experiments()},
     **{
         f"performance-{group}": partial(performance_table, group)
         for group in ("search", "memory", "dense", "step", "scaling")

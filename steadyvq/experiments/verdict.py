@@ -13,7 +13,7 @@ import torch
 
 import steadyvq
 from steadyvq.experiments.markdown import markdown
-from steadyvq.metrics import read_record
+from steadyvq.metrics import EvaluationRecord, read_record
 from steadyvq.training.run import RunFolder
 
 Row = dict[str, Any]
@@ -102,18 +102,19 @@ class Finding:
         return self.rate is not None and self.rate in (self.trials[0].rate, self.trials[-1].rate)
 
 
-def _newest(run: Path) -> Path:
-    return max((run / "evaluations").glob("step-*.json"))
+def final_record(run: Path) -> EvaluationRecord:
+    """The last evaluation of a run."""
+    return read_record(max((run / "evaluations").glob("step-*.json")))
 
 
 def final_psnr(run: Path) -> float:
     """PSNR of the last evaluation of a run."""
-    return float(read_record(_newest(run)).metrics["psnr"])
+    return float(final_record(run).metrics["psnr"])
 
 
 def measured(path: Path) -> Row:
     """What a finished run found, with what it takes to make it again."""
-    run, info, record = RunFolder.open(path), json.loads((path / "run.json").read_text()), read_record(_newest(path))
+    run, info, record = RunFolder.open(path), json.loads((path / "run.json").read_text()), final_record(path)
     peak = info.get("peak_memory")
     return {
         "path": str(path),

@@ -12,6 +12,7 @@ from itertools import groupby
 from steadyvq.report.markup import Markup, tag
 from steadyvq.report.runs import Point
 from steadyvq.report.scales import Number, Scale, tick_label, value_label, value_scale
+from steadyvq.report.style import STANDALONE
 
 WIDTH, HEIGHT = 400, 234
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 18, 32
@@ -21,6 +22,7 @@ MARK_ROWS = 4
 # Values of curves with few points can be pointed at; more dots than this would hide the line.
 DOTS_UP_TO = 60
 COLOURS = 6
+LEGEND_HEIGHT = 16
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,30 @@ def chart_figure(chart: Chart) -> Markup:
     )
 
 
+def svg_file(chart: Chart) -> str:
+    """Return a chart as an SVG document of its own, with its legend below and its colours inside."""
+    shown = [series for series in chart.series if series.values]
+    height = HEIGHT + LEGEND_HEIGHT * len(shown) + 26
+    rows = []
+    for row, series in enumerate(shown):
+        y = HEIGHT + 34 + LEGEND_HEIGHT * row
+        line = tag("line", x1=LEFT, x2=LEFT + 20, y1=y - 4, y2=y - 4, class_="key")
+        name = tag("text", f"{series.label}  {value_label(series.values[-1], chart.percent)}", x=LEFT + 28, y=y)
+        rows.append(tag("g", line, name, class_=style(series.colour)))
+    return tag(
+        "svg",
+        tag("style", Markup(STANDALONE)),
+        tag("rect", width="100%", height="100%", fill="#fff"),
+        tag("text", chart.title, x=4, y=14, class_="name"),
+        tag("svg", *_drawing(chart, shown), y=20, width=WIDTH, height=HEIGHT, viewBox=f"0 0 {WIDTH} {HEIGHT}"),
+        *rows,
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"0 0 {WIDTH} {height}",
+        width=WIDTH,
+        height=height,
+    )
+
+
 def _legend(series: Iterable[Series], percent: bool) -> Markup:
     items = []
     for one in series:
@@ -116,6 +142,10 @@ def _legend(series: Iterable[Series], percent: bool) -> Markup:
 
 
 def _svg(chart: Chart, shown: Sequence[Series]) -> Markup:
+    return tag("svg", *_drawing(chart, shown), viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img")
+
+
+def _drawing(chart: Chart, shown: Sequence[Series]) -> list[Markup]:
     values = [value for series in shown for value in series.values]
     values += [bound for series in shown for _, *bounds in series.band for bound in bounds]
     x = Scale(0, max(1, chart.last_step), LEFT, WIDTH - RIGHT)
@@ -123,16 +153,13 @@ def _svg(chart: Chart, shown: Sequence[Series]) -> Markup:
     y = value_scale(values, HEIGHT - BOTTOM, TOP + LABEL_HEIGHT * rows + 6, chart.limits)
     unit = f"{chart.unit} (log scale)".strip() if y.log else chart.unit
     names = ", ".join(series.label for series in shown)
-    return tag(
-        "svg",
+    return [
         tag("title", f"{chart.title} over training steps: {names}"),
         axes(x, y, "step", unit, chart.percent),
         *labels,
         *(_band(series, x, y) for series in shown if series.band),
         *(_curve(series, x, y, chart.percent) for series in shown),
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        role="img",
-    )
+    ]
 
 
 def axes(x: Scale, y: Scale, x_name: str, y_name: str, percent: bool = False) -> Markup:

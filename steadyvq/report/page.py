@@ -70,12 +70,17 @@ def _page(runs: Sequence[Run], title: str | None, note: str | None) -> str:
         *configuration_section(runs),
         _footer(runs),
     ]
+    return document(heading, body)
+
+
+def document(title: str, body: Sequence[Markup | None]) -> str:
+    """Return a whole HTML page that loads nothing."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("title", heading),
+        tag("title", title),
         tag("style", Markup(STYLE)),
     )
     return "<!DOCTYPE html>\n" + tag("html", head, tag("body", tag("main", *body)), lang="en") + "\n"

@@ -120,3 +120,17 @@ footer { color: var(--soft); font-size: 0.82rem; margin-top: 64px; border-top: 1
 }
 @media print { body { background: none; } .tall .scroll { max-height: none; } figure, details { break-inside: avoid; } }
 """
+
+STANDALONE = """
+text { font: 11.5px sans-serif; fill: #67645d; } .name { font-size: 13px; fill: #1f1e1b; }
+.end { text-anchor: end; } .middle { text-anchor: middle; }
+.grid { stroke: #e4e1d9; } .axis { stroke: #67645d; stroke-opacity: 0.6; }
+.c0 { --c: #0072b2; } .c1 { --c: #d55e00; } .c2 { --c: #00866a; }
+.c3 { --c: #b4538c; } .c4 { --c: #a97400; } .c5 { --c: #4f4b45; } .neutral { --c: #67645d; }
+.curve polyline { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; }
+.curve circle { fill: var(--c); } .band { fill: var(--c); fill-opacity: 0.13; }
+.key { stroke: var(--c); stroke-width: 3; }
+.l1 polyline, .l1 .key { stroke-dasharray: 7 4; } .l2 polyline, .l2 .key { stroke-dasharray: 2 4; }
+.mark line { stroke: var(--c); stroke-dasharray: 2 3; } .mark text { fill: var(--c); font-size: 10.5px; }
+"""
+"""For an SVG file of its own, on white."""

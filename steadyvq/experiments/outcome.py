@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a finished training run of an experiment found: numbers, numbers per photograph, curves."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steadyvq.experiments.verdict import final_record
+from steadyvq.metrics import ImageQuality
+from steadyvq.models import Tokenizer
+from steadyvq.training.run import RunFolder
+from steadyvq.training.tokenizer_task import evaluation_crops, load_photographs, quantizer_of
+
+REPORTED = ("psnr", "ssim", "l1", "utilization", "ceiling", "perplexity", "relative_error", "tokens")
+CURVES = {"utilization": "eval", "psnr": "eval", "drift": "probe", "drift_rms": "probe", "churn": "probe"}
+"""Curves by the kind of row of the log that has them."""
+DIGITS = 5
+SETTLED = 0.95
+
+Point = tuple[int, float]
+
+
+def outcome(path: Path) -> dict[str, Any]:
+    """The final evaluation of a run, PSNR by photograph, curves, and the steps to 95 % of its final use."""
+    metrics = final_record(path).metrics
+    log = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+    curves = {name: points(log, kind, name) for name, kind in CURVES.items()}
+    found: dict[str, Any] = {name: round(float(metrics[name]), DIGITS) for name in REPORTED}
+    found |= {
+        name: round(float(value), DIGITS) for name, value in metrics.items() if name in ("lpips_alex", "lpips_vgg")
+    }
+    found["of_ceiling"] = round(metrics["utilization"] / metrics["ceiling"], DIGITS)
+    found["steps_to_95"] = steps_to(curves["utilization"])
+    found["config_hash"] = RunFolder.open(path).config.hash()
+    return found | {"photographs": {"psnr": psnr_by_photograph(path)}, "curves": curves}
+
+
+def points(log: Sequence[dict[str, Any]], kind: str, name: str) -> list[Point]:
+    """A number of the log over steps."""
+    rows = [row for row in log if row["kind"] == kind and isinstance(row.get(name), int | float)]
+    return [(int(row["step"]), round(float(row[name]), DIGITS)) for row in rows]
+
+
+def steps_to(curve: Sequence[Point], share: float = SETTLED) -> int | None:
+    """The step of the first evaluation with that share of the last value; None without any evaluation."""
+    return next((step for step, value in curve if value >= share * curve[-1][1]), None)
+
+
+@torch.no_grad()
+def psnr_by_photograph(path: Path) -> dict[str, float]:
+    """PSNR of the last saved tokenizer of a run on its held-out crops, mean over the crops of each photograph."""
+    run = RunFolder.open(path)
+    crops = evaluation_crops(run.config, load_photographs(run.config))
+    tokenizer = Tokenizer.from_pretrained(run.tokenizer, quantizer=quantizer_of(run.config)).eval()
+    quality, start = ImageQuality(), 0
+    for images in crops.batches(run.config.batch_size):
+        made = tokenizer(images)[0].clamp(-1, 1).float()
+        quality.update(images, made, crops.photographs[start : start + len(images)])
+        start += len(images)
+    return {name: round(value, DIGITS) for name, value in quality.report().psnr.by_photograph.items()}
