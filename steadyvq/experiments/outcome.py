@@ -11,8 +11,9 @@ import torch
 from steadyvq.experiments.verdict import final_record
 from steadyvq.metrics import ImageQuality
 from steadyvq.models import Tokenizer
+from steadyvq.training.photographs import evaluation_crops, load_photographs
 from steadyvq.training.run import RunFolder
-from steadyvq.training.tokenizer_task import evaluation_crops, load_photographs, quantizer_of
+from steadyvq.training.tokenizer_task import quantizer_of
 
 REPORTED = ("psnr", "ssim", "l1", "utilization", "ceiling", "perplexity", "relative_error", "tokens")
 CURVES = {"utilization": "eval", "psnr": "eval", "drift": "probe", "drift_rms": "probe", "churn": "probe"}
