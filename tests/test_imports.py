@@ -20,8 +20,20 @@ ALLOWED = {
     "metrics": set(),
     "report": set(),
     "training": {"kernels", "quantizers", "models", "data", "metrics", "report"},
-    "experiments": {"kernels", "quantizers", "models", "data", "metrics", "report", "training"},
-    "cli": {"kernels", "quantizers", "models", "interop", "data", "metrics", "report", "training", "experiments"},
+    "generation": {"quantizers", "models", "data", "metrics", "report", "training"},
+    "experiments": {"kernels", "quantizers", "models", "data", "metrics", "report", "training", "generation"},
+    "cli": {
+        "kernels",
+        "quantizers",
+        "models",
+        "interop",
+        "data",
+        "metrics",
+        "report",
+        "training",
+        "generation",
+        "experiments",
+    },
     "recipes": set(),
 }
 LIBRARY = ("kernels", "quantizers", "models", "interop")

@@ -59,6 +59,7 @@ def build_parser() -> Parser:
     _add_use(commands)
     _add_exchange(commands)
     _add_data(commands)
+    _add_tokens(commands)
     _add_report_and_list(commands)
     _add_kernels(commands)
     return parser
@@ -153,7 +154,7 @@ def _add_use(commands: "argparse._SubParsersAction[Parser]") -> None:
     encode.add_argument("--out", type=Path, required=True, help="the .npz file of tokens")
     decode = commands.add_parser("decode", help="tokens to images", allow_abbrev=False)
     decode.add_argument("run", type=Path, help="a run folder or a saved tokenizer")
-    decode.add_argument("tokens", type=Path, help="an .npz file written by encode")
+    decode.add_argument("tokens", type=Path, help="an .npz file written by encode, or a folder written by tokenize")
     decode.add_argument("--out", type=Path, required=True, help="the folder of PNG files")
     for command in (evaluate, encode, decode):
         command.add_argument("--quantizer", metavar="FILE.py:FUNCTION", help="where your own quantizer lies, if moved")
@@ -191,6 +192,45 @@ def _add_data(commands: "argparse._SubParsersAction[Parser]") -> None:
     verify = actions.add_parser("verify", help="read every byte of a shard set again", allow_abbrev=False)
     verify.add_argument("shards", type=Path, help="the folder of the shards")
     verify.add_argument("--decode", action="store_true", help="decode every image too")
+
+
+def _add_parts(parser: Parser) -> None:
+    parser.add_argument("--num-shards", type=int, metavar="N", help="jobs of an array that share the work")
+    parser.add_argument("--shard-index", type=int, metavar="I", help="which of these jobs this is, from 0")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
+
+
+def _add_tokens(commands: "argparse._SubParsersAction[Parser]") -> None:
+    tokenize = commands.add_parser(
+        "tokenize", help="a data set as stored tokens; run again, it goes on", allow_abbrev=False
+    )
+    tokenize.add_argument("tokenizer", type=Path, help="a run folder or a saved tokenizer")
+    tokenize.add_argument("--data", required=True, help="a folder of images or shards, or mvtb")
+    tokenize.add_argument("--out", type=Path, required=True, help="the folder of the tokens")
+    tokenize.add_argument(
+        "--views", default="centre", help="centre (default), ten-crop or random-N, with ,flip also mirrored"
+    )
+    tokenize.add_argument("--size", type=int, help="side of the views in pixels (default: the run's crops)")
+    tokenize.add_argument(
+        "--crop-range", type=float, default=1.1, help="ten-crop cuts a square this larger (default: 1.1)"
+    )
+    tokenize.add_argument("--seed", type=int, default=0, help="of random crops")
+    tokenize.add_argument("--shard-images", type=int, default=4096, help="images in one shard (default: 4096)")
+    tokenize.add_argument("--batch", type=int, default=32, help="crops in one forward (default: 32)")
+    tokenize.add_argument("--threads", type=int, default=4, help="images read at the same time (default: 4)")
+    _add_parts(tokenize)
+    tokenize.add_argument("--quantizer", metavar="FILE.py:FUNCTION", help="where your own quantizer lies, if moved")
+    tokens = commands.add_parser("tokens", help="look at stored tokens, copy them for others", allow_abbrev=False)
+    actions = tokens.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
+    inspect = actions.add_parser("inspect", help="check every byte; use of the codes, pictures", allow_abbrev=False)
+    inspect.add_argument("--out", type=Path, help="the picture (default: inspect.png beside the tokens)")
+    inspect.add_argument("--tokenizer", type=Path, help="decodes them (default: the one stored with them)")
+    inspect.add_argument("--quantizer", metavar="FILE.py:FUNCTION", help="where your own quantizer lies, if moved")
+    export = actions.add_parser("export", help="tokens as another project reads them", allow_abbrev=False)
+    for command in (inspect, export):
+        command.add_argument("tokens", type=Path, help="a folder written by tokenize")
+    export.add_argument("out", type=Path, help="the folder of the copy")
+    export.add_argument("--format", required=True, help="llamagen, bin, parquet or webdataset")
 
 
 def _add_report_and_list(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -282,6 +322,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from steadyvq.cli.data import data
 
         return data(arguments)
+    if arguments.command in ("tokenize", "tokens"):
+        from steadyvq.cli import tokens
+
+        return {"tokenize": tokens.tokenize, "tokens": tokens.tokens}[arguments.command](arguments)
     if arguments.command == "report":
         from steadyvq.cli.show import report
 
