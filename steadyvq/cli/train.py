@@ -2,6 +2,7 @@
 """`steadyvq train` and `steadyvq demo`."""
 
 import argparse
+import json
 import shlex
 import signal
 import sys
@@ -13,12 +14,15 @@ from steadyvq.cli import FAILED, INTERRUPTED
 from steadyvq.cli.common import say, table
 from steadyvq.experiments.arms import ArmFailed
 from steadyvq.experiments.demo import NOTE, run_demo
+from steadyvq.generation import TokenSet
+from steadyvq.generation.prior_task import PriorTask, with_counted_tokens
 from steadyvq.report import comparison_table, write_report
 from steadyvq.training.config import RunConfig, read_recipe, resolve, with_absolute_paths
 from steadyvq.training.loop import MAY_CHANGE, Diverged, Engine, Interrupted
 from steadyvq.training.processes import Processes
 from steadyvq.training.run import RunFolder, check_free, differences
 from steadyvq.training.strict import merge
+from steadyvq.training.task import Task
 from steadyvq.training.tokenizer_task import TokenizerTask, load_photographs, with_counted_epoch
 
 
@@ -29,7 +33,11 @@ def train(arguments: argparse.Namespace) -> int:
     if arguments.recipe is None:
         raise ValueError("no recipe given: name one (`steadyvq list recipes`), a YAML file, or --resume RUN")
     config = _config(arguments)
-    if config.init_from is None and all("encoder" in stage.frozen for stage in config.stages):
+    if (
+        config.task == "tokenizer"
+        and config.init_from is None
+        and all("encoder" in stage.frozen for stage in config.stages)
+    ):
         raise ValueError(
             "no stage trains the encoder, and there are no weights to start from: name a run with --init-from, or use "
             "`steadyvq transplant`"
@@ -44,12 +52,19 @@ def begin(config: RunConfig, path: Path, *, dry_run: bool) -> int:
         return 0
     processes = Processes(config.precision)
     processes.first(lambda: check_free(path))
-    photographs = load_photographs(config)
-    config = with_counted_epoch(config, photographs)
-    task = TokenizerTask(config, photographs)
+    task = make_task(config)
     if processes.is_first:
         _tell_about_data(task)
-    return _fit(task, RunFolder(path, config), processes, resume=False)
+    return _fit(task, RunFolder(path, task.config), processes, resume=False)
+
+
+def make_task(config: RunConfig) -> TokenizerTask | PriorTask:
+    """What a configuration trains; `task.config` has the length of an epoch, where that was to be counted."""
+    if config.task == "autoregressive":
+        tokens = TokenSet(config.data.source)
+        return PriorTask(with_counted_tokens(config, tokens), tokens)
+    photographs = load_photographs(config)
+    return TokenizerTask(with_counted_epoch(config, photographs), photographs)
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
@@ -92,7 +107,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(run.config.to_yaml(), end="")
         return 0
-    return _fit(TokenizerTask(run.config), run, Processes(run.config.precision), resume=True)
+    return _fit(make_task(run.config), run, Processes(run.config.precision), resume=True)
 
 
 def _changed(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
@@ -104,7 +119,14 @@ def _changed(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
     return with_absolute_paths(resolve(config.to_dict(), arguments.set, overrides))
 
 
-def _tell_about_data(task: TokenizerTask) -> None:
+def _tell_about_data(task: TokenizerTask | PriorTask) -> None:
+    if isinstance(task, PriorTask):
+        classes = f"{len(task.classes)} classes" if task.classes else "no classes"
+        say(
+            f"tokens of {len(task.train_rows)} images, {task.tokens.num_views} views each, {task.tokens.num_codes:,} codes, "
+            f"{classes}; {len(task.held_out)} images held out{'' if len(task.tokens.splits) > 1 else ' (the same ones)'}"
+        )
+        return
     photographs = task.photographs
     held_out = photographs.split(task.config.data.eval_split)
     say(f"{len(photographs)} photographs from {photographs.data}, {len(held_out)} held out")
@@ -120,7 +142,7 @@ def _list(files: Sequence[tuple[str, str]], shown: int = 10) -> None:
         say(f"  and {len(files) - shown} more")
 
 
-def _tell_about_feed(task: TokenizerTask, run: RunFolder) -> None:
+def _tell_about_feed(task: Task, run: RunFolder) -> None:
     """What could not be read of streamed photographs."""
     if task.feed is None:
         return
@@ -134,7 +156,7 @@ def _tell_about_feed(task: TokenizerTask, run: RunFolder) -> None:
         _list(sorted(found.reasons.items()))
 
 
-def _fit(task: TokenizerTask, run: RunFolder, processes: Processes, *, resume: bool) -> int:
+def _fit(task: Task, run: RunFolder, processes: Processes, *, resume: bool) -> int:
     tell = say if processes.is_first else _say_nothing
     engine = Engine(task, run, resume=resume, processes=processes)
     if not resume:
@@ -166,9 +188,23 @@ def _fit(task: TokenizerTask, run: RunFolder, processes: Processes, *, resume: b
     if not processes.is_first:
         return 0
     page = write_report([run.path], run.path / "report.html")
-    table(comparison_table([run.path]))
+    table(final_rows(run) if isinstance(task, PriorTask) else comparison_table([run.path]))
     say(f"report: {page}")
     return 0
+
+
+def final_rows(run: RunFolder) -> list[dict[str, str]]:
+    """The last evaluation of a prior."""
+    rows = [json.loads(line) for line in run.log_path.read_text().splitlines()]
+    last = [row for row in rows if row["kind"] == "eval"][-1]
+    return [
+        {
+            "run": run.config.title,
+            "cross-entropy (nats per token)": f"{last['cross_entropy']:.4f}",
+            "bits per image": f"{last['bits_per_image']:.1f}",
+            "held-out images": f"{last['held_out_images']:.0f}",
+        }
+    ]
 
 
 def _say_nothing(line: str) -> None:
