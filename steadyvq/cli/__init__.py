@@ -60,6 +60,7 @@ def build_parser() -> Parser:
     _add_exchange(commands)
     _add_data(commands)
     _add_tokens(commands)
+    _add_generate(commands)
     _add_report_and_list(commands)
     _add_kernels(commands)
     return parser
@@ -69,8 +70,17 @@ def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
     demo = commands.add_parser(
         "demo", help="watch a plain codebook die and ours live on the same photographs, in minutes", allow_abbrev=False
     )
+    demo.add_argument(
+        "what",
+        nargs="?",
+        default="collapse",
+        choices=("collapse", "generate"),
+        help="or generate: from tokens to pictures",
+    )
     demo.add_argument("--data", help="a folder of images (default: the built-in photographs of mvtb-data)")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="where the runs and report.html go")
+    demo.add_argument(
+        "--out", type=Path, help="where the runs and report.html go (default: runs/demo or runs/generate)"
+    )
     demo.add_argument("--arms", help="comma-separated arms (default: all of the recipe)")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting for all arms")
@@ -233,6 +243,40 @@ def _add_tokens(commands: "argparse._SubParsersAction[Parser]") -> None:
     export.add_argument("--format", required=True, help="llamagen, bin, parquet or webdataset")
 
 
+def _add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
+    sample = commands.add_parser("sample", help="pictures from a prior; run again, it goes on", allow_abbrev=False)
+    sample.add_argument("run", type=Path, help="the run folder of a prior")
+    sample.add_argument("--out", type=Path, required=True, help="the folder of PNG files")
+    sample.add_argument("--num", type=int, default=64, help="pictures (default: 64)")
+    sample.add_argument(
+        "--class", dest="classes", metavar="NAMES", help="classes, by name or number (default: all in turn)"
+    )
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance (default: 1, none)")
+    sample.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token (default: 1)")
+    sample.add_argument("--top-k", type=int, default=0, help="draw from the likeliest so many codes (default: 0, all)")
+    sample.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest codes of this share (default: 1)"
+    )
+    sample.add_argument("--batch", type=int, default=64, help="pictures drawn together (default: 64)")
+    sample.add_argument(
+        "--dtype", choices=("float64", "float32", "bfloat16"), help="(default: float64 on a CPU, float32 elsewhere)"
+    )
+    sample.add_argument("--tokenizer", type=Path, help="decodes them (default: the one stored with the tokens)")
+    sample.add_argument("--quantizer", metavar="FILE.py:FUNCTION", help="where your own quantizer lies, if moved")
+    _add_parts(sample)
+    judge = commands.add_parser("eval-gen", help="how close samples come to photographs", allow_abbrev=False)
+    judge.add_argument("samples", type=Path, help="a folder written by sample")
+    judge.add_argument("--data", required=True, help="a folder of images, or mvtb")
+    judge.add_argument("--split", default="all", help="train, val, test or all (default)")
+    judge.add_argument("--count", type=int, help="crops of the photographs (default: as many as there are samples)")
+    judge.add_argument("--scale", type=float, default=1.0, help="photographs are shrunk by this first (default: 1)")
+    judge.add_argument(
+        "--fd-weights", type=Path, metavar="PATH", help="the file of the 2015 Inception, or a folder with weights"
+    )
+    judge.add_argument("--out", type=Path, help="the JSON record (default: evaluation.json beside the samples)")
+
+
 def _add_report_and_list(commands: "argparse._SubParsersAction[Parser]") -> None:
     report = commands.add_parser(
         "report", help="one self-contained report.html of one or several runs", allow_abbrev=False
@@ -326,6 +370,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from steadyvq.cli import tokens
 
         return {"tokenize": tokens.tokenize, "tokens": tokens.tokens}[arguments.command](arguments)
+    if arguments.command in ("sample", "eval-gen"):
+        from steadyvq.cli import generate
+
+        return {"sample": generate.sample, "eval-gen": generate.evaluate_samples}[arguments.command](arguments)
     if arguments.command == "report":
         from steadyvq.cli.show import report
 

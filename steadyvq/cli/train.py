@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from steadyvq.cli import FAILED, INTERRUPTED
-from steadyvq.cli.common import say, table
+from steadyvq.cli.common import check_output, say, table
 from steadyvq.experiments.arms import ArmFailed
 from steadyvq.experiments.demo import NOTE, run_demo
+from steadyvq.experiments.generate import run_generate
 from steadyvq.generation import TokenSet
 from steadyvq.generation.prior_task import PriorTask, with_counted_tokens
 from steadyvq.report import comparison_table, write_report
@@ -221,7 +222,10 @@ def _cut(engine: Engine) -> str:
 
 def demo(arguments: argparse.Namespace) -> int:
     """Trains the arms of the demo and shows them side by side."""
+    if arguments.what == "generate":
+        return _generate(arguments)
     arms = None if arguments.arms is None else arguments.arms.split(",")
+    arguments.out = arguments.out or Path("runs/demo")
     try:
         runs = run_demo(arguments.out, data=arguments.data, arms=arms, seed=arguments.seed, sets=arguments.set)
     except KeyboardInterrupt:
@@ -235,4 +239,24 @@ def demo(arguments: argparse.Namespace) -> int:
     page = write_report(runs, arguments.out / "report.html", title="A codebook dies, ours lives", note=NOTE)
     table(comparison_table(runs))
     say(f"pictures and curves: {page}")
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    """From photographs to new pictures."""
+    if arguments.arms is not None:
+        raise ValueError("--arms is for the demo of collapse: leave it out")
+    out = arguments.out or Path("runs/generate")
+    check_output(out, folder=True)
+    try:
+        made = run_generate(out, data=arguments.data, seed=arguments.seed, sets=arguments.set)
+    except (Interrupted, KeyboardInterrupt):
+        say(f"stopped; what is done is kept, go on with: steadyvq {shlex.join(sys.argv[1:])}")
+        return INTERRUPTED
+    except Diverged as error:
+        say(f"steadyvq demo: {error}")
+        return FAILED
+    table(made.rows)
+    say(", ".join(f"{name} {seconds:.0f} s" for name, seconds in made.seconds.items()))
+    say(f"pictures: {out / 'samples'}; report: {made.page}")
     return 0
