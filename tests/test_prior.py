@@ -235,7 +235,8 @@ def stored(tmp_path_factory):
     for i, image in enumerate(crops.images):
         (folder / "data" / f"class{i:02d}").mkdir(parents=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "data" / f"class{i:02d}" / "image.png")
-    TokenWriter(tokenizer, "mine", open_source(folder / "data"), folder / "tokens", Views(size=16)).write()
+    for name, size in {"tokens": 16, "small": 8}.items():
+        TokenWriter(tokenizer, "mine", open_source(folder / "data"), folder / name, Views(size=size)).write()
     shutil.copytree(folder / "data" / "class00", folder / "plain")
     shutil.copy(folder / "data" / "class01" / "image.png", folder / "plain" / "other.png")
     TokenWriter(
@@ -266,9 +267,9 @@ def test_it_learns_32_grids_by_heart(stored, tmp_path):
         "prior": {"label_dropout": 0.0, "dropout": 0.0, "weight_decay": 0.0},
         "optim": {"lr": 5e-3, "ema_decay": 0.0},
     }
-    length = {"epochs": 160, "batch_size": 32, "eval_every": 160, "checkpoint_every": 160}
-    config = resolve(recipe(stored / "tokens", **length, **changes))
-    tokens = TokenSet(stored / "tokens")
+    length = {"epochs": 350, "batch_size": 32, "eval_every": 350, "checkpoint_every": 350}
+    config = resolve(recipe(stored / "small", **length, **changes))
+    tokens = TokenSet(stored / "small")
     # All images are trained on, whatever the hash of their names says.
     tokens._splits[:] = 0
     task = PriorTask(config, tokens)
