@@ -62,6 +62,8 @@ def test_every_python_block_runs(photos, steadyvq_command, tmp_path):
     """In the order of each document, in one folder where the README's run has been trained."""
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(tiny_recipe(photos)))
     assert steadyvq_command("train", "r.yaml", "--out", "runs/mine").returncode == 0
+    stored = steadyvq_command("tokenize", "runs/mine", "--data", photos, "--out", "tokens", "--views", "ten-crop")
+    assert stored.returncode == 0, stored.stderr
     save_taming(tmp_path / "vqgan.ckpt")
     for name, text in blocks("python"):
         if not can_run(text):
@@ -113,7 +115,7 @@ def test_every_command_runs(photos, steadyvq_command, tmp_path):
         elif words[1] == "train" and words[2] in ("ar_tiny", "llamagen_b", "generate_prior"):
             if words[2] == "generate_prior":
                 words[words.index("--out") + 1] = f"runs/{len(seen)}"
-            done = steadyvq_command(*words[1:], *sets[:6], cwd=folder)
+            done = steadyvq_command(*words[1:], *sets[:6], "--set", "batch_size=16", cwd=folder)
         elif words[1] == "train" and "--resume" not in words:
             extra = [] if "--out" in words else ["--out", f"runs/{len(seen)}"]
             done = steadyvq_command(*words[1:], *sets, *extra, cwd=folder)
