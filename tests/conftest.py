@@ -16,7 +16,7 @@ import torch
 import yaml
 from jaxtyping import install_import_hook
 
-for package in ("data", "metrics", "training", "report", "generation"):
+for package in ("data", "metrics", "training", "report"):
     install_import_hook(f"steadyvq.{package}", "beartype.beartype")
 
 torch.set_num_threads(1)

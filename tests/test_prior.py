@@ -171,7 +171,7 @@ def naive(prior, label, seed, number, config):
 
 WAYS = [
     SamplingConfig(),
-    SamplingConfig(temperature=0),
+    SamplingConfig(temperature=0.0),
     SamplingConfig(guidance=2.5),
     SamplingConfig(guidance=1.5, temperature=0.7, top_k=4),
     SamplingConfig(top_p=0.6),
@@ -282,7 +282,7 @@ def test_it_learns_32_grids_by_heart(stored, tmp_path):
     assert len(set(tokens.labels.tolist())) == 32
     with torch.no_grad():
         assert float(prior.model(wanted, labels).mean()) < 0.05
-    greedy = sample_tokens(prior.model, labels, 0, range(32), SamplingConfig(temperature=0))
+    greedy = sample_tokens(prior.model, labels, 0, range(32), SamplingConfig(temperature=0.0))
     assert torch.equal(greedy, wanted)
     assert prior.tokenizer_hash == tokenizer_hash(tokens.tokenizer())
 
@@ -362,9 +362,9 @@ class TestBadInput:
 
     def test_sampling(self):
         with pytest.raises(ValueError, match="knows no classes"):
-            sample_tokens(prior_of(classes=0), torch.tensor([0]), 0, [0], SamplingConfig(guidance=2))
+            sample_tokens(prior_of(classes=0), torch.tensor([0]), 0, [0], SamplingConfig(guidance=2.0))
         with pytest.raises(ValueError, match="0 < top_p <= 1"):
-            SamplingConfig(top_p=0)
+            SamplingConfig(top_p=0.0)
         assert class_numbers(["b", "0"], ["a", "b"]) == [1, 0]
         with pytest.raises(ValueError, match="no class 'c': the prior knows 2"):
             class_numbers(["c"], ["a", "b"])

@@ -197,6 +197,8 @@ class AutoregressivePrior(nn.Module):
             initializer_range=0.02,
             attention_dropout=config.attention_dropout,
             use_cache=False,
+            bos_token_id=None,
+            eos_token_id=None,
             attn_implementation="sdpa",
         )
         self.body = model(llama)
