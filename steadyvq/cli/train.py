@@ -2,6 +2,7 @@
 """`steadyvq train` and `steadyvq demo`."""
 
 import argparse
+import json
 import shlex
 import signal
 import sys
@@ -10,9 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from steadyvq.cli import FAILED, INTERRUPTED
-from steadyvq.cli.common import say, table
+from steadyvq.cli.common import check_output, say, table
 from steadyvq.experiments.arms import ArmFailed
 from steadyvq.experiments.demo import NOTE, run_demo
+from steadyvq.experiments.generate import run_generate
+from steadyvq.generation import TokenSet
+from steadyvq.generation.prior_task import PriorTask, with_counted_tokens
 from steadyvq.report import comparison_table, write_report
 from steadyvq.training.config import RunConfig, read_recipe, resolve, with_absolute_paths
 from steadyvq.training.loop import MAY_CHANGE, Diverged, Engine, Interrupted
@@ -20,6 +24,7 @@ from steadyvq.training.photographs import load_photographs, with_counted_epoch
 from steadyvq.training.processes import Processes
 from steadyvq.training.run import RunFolder, check_free, differences
 from steadyvq.training.strict import merge
+from steadyvq.training.task import Task
 from steadyvq.training.tokenizer_task import TokenizerTask
 
 
@@ -31,7 +36,11 @@ def train(arguments: argparse.Namespace) -> int:
         raise ValueError("no recipe given: name one (`steadyvq list recipes`), a YAML file, or --resume RUN")
     config = _config(arguments)
     path = arguments.out or Path("runs") / Path(arguments.recipe).stem
-    if config.init_from is None and all("encoder" in stage.frozen for stage in config.stages):
+    if (
+        config.task == "tokenizer"
+        and config.init_from is None
+        and all("encoder" in stage.frozen for stage in config.stages)
+    ):
         raise ValueError(
             "no stage trains the encoder, and there are no weights to start from: name a run with --init-from, or use "
             "`steadyvq transplant`"
@@ -62,12 +71,19 @@ def begin(config: RunConfig, path: Path, processes: Processes | None = None, *, 
     processes = processes or Processes(config.precision, config.strategy)
     processes.first(lambda: check_free(path))
     processes.first(lambda: processes.shares(config.batch_size))
-    photographs = load_photographs(config)
-    config = with_counted_epoch(config, photographs)
-    task = TokenizerTask(config, photographs)
+    task = make_task(config)
     if processes.is_first:
         _tell_about_data(task)
-    return _fit(task, RunFolder(path, config), processes, resume=False)
+    return _fit(task, RunFolder(path, task.config), processes, resume=False)
+
+
+def make_task(config: RunConfig) -> TokenizerTask | PriorTask:
+    """What a configuration trains; `task.config` has the length of an epoch, where that was to be counted."""
+    if config.task == "autoregressive":
+        tokens = TokenSet(config.data.source)
+        return PriorTask(with_counted_tokens(config, tokens), tokens)
+    photographs = load_photographs(config)
+    return TokenizerTask(with_counted_epoch(config, photographs), photographs)
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
@@ -124,7 +140,7 @@ def _go_on(run: RunFolder, asked: RunConfig | None, processes: Processes | None 
         return 0
     processes = processes or Processes(run.config.precision, run.config.strategy)
     processes.first(lambda: processes.shares(run.config.batch_size))
-    return _fit(TokenizerTask(run.config), run, processes, resume=True)
+    return _fit(make_task(run.config), run, processes, resume=True)
 
 
 def _changed(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
@@ -136,7 +152,14 @@ def _changed(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
     return with_absolute_paths(resolve(config.to_dict(), arguments.set, overrides))
 
 
-def _tell_about_data(task: TokenizerTask) -> None:
+def _tell_about_data(task: TokenizerTask | PriorTask) -> None:
+    if isinstance(task, PriorTask):
+        classes = f"{len(task.classes)} classes" if task.classes else "no classes"
+        say(
+            f"tokens of {len(task.train_rows)} images, {task.tokens.num_views} views each, {task.tokens.num_codes:,} codes, "
+            f"{classes}; {len(task.held_out)} images held out{'' if len(task.tokens.splits) > 1 else ' (the same ones)'}"
+        )
+        return
     photographs = task.photographs
     held_out = photographs.split(task.config.data.eval_split)
     say(f"{len(photographs)} photographs from {photographs.data}, {len(held_out)} held out")
@@ -152,7 +175,7 @@ def _list(files: Sequence[tuple[str, str]], shown: int = 10) -> None:
         say(f"  and {len(files) - shown} more")
 
 
-def _tell_about_feed(task: TokenizerTask, run: RunFolder) -> None:
+def _tell_about_feed(task: Task, run: RunFolder) -> None:
     """What could not be read of streamed photographs."""
     if task.feed is None:
         return
@@ -166,7 +189,7 @@ def _tell_about_feed(task: TokenizerTask, run: RunFolder) -> None:
         _list(sorted(found.reasons.items()))
 
 
-def _fit(task: TokenizerTask, run: RunFolder, processes: Processes, *, resume: bool) -> int:
+def _fit(task: Task, run: RunFolder, processes: Processes, *, resume: bool) -> int:
     tell = say if processes.is_first else _say_nothing
     engine = Engine(task, run, resume=resume, processes=processes)
     if not resume:
@@ -198,9 +221,23 @@ def _fit(task: TokenizerTask, run: RunFolder, processes: Processes, *, resume: b
     if not processes.is_first:
         return 0
     page = write_report([run.path], run.path / "report.html")
-    table(comparison_table([run.path]))
+    table(final_rows(run) if isinstance(task, PriorTask) else comparison_table([run.path]))
     say(f"report: {page}")
     return 0
+
+
+def final_rows(run: RunFolder) -> list[dict[str, str]]:
+    """The last evaluation of a prior."""
+    rows = [json.loads(line) for line in run.log_path.read_text().splitlines()]
+    last = [row for row in rows if row["kind"] == "eval"][-1]
+    return [
+        {
+            "run": run.config.title,
+            "cross-entropy (nats per token)": f"{last['cross_entropy']:.4f}",
+            "bits per image": f"{last['bits_per_image']:.1f}",
+            "held-out images": f"{last['held_out_images']:.0f}",
+        }
+    ]
 
 
 def _say_nothing(line: str) -> None:
@@ -219,7 +256,10 @@ def _cut(engine: Engine) -> str:
 
 def demo(arguments: argparse.Namespace) -> int:
     """Trains the arms of the demo and shows them side by side."""
+    if arguments.what == "generate":
+        return _generate(arguments)
     arms = None if arguments.arms is None else arguments.arms.split(",")
+    arguments.out = arguments.out or Path("runs/demo")
     try:
         runs = run_demo(arguments.out, data=arguments.data, arms=arms, seed=arguments.seed, sets=arguments.set)
     except KeyboardInterrupt:
@@ -233,4 +273,24 @@ def demo(arguments: argparse.Namespace) -> int:
     page = write_report(runs, arguments.out / "report.html", title="A codebook dies, ours lives", note=NOTE)
     table(comparison_table(runs))
     say(f"pictures and curves: {page}")
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    """From photographs to new pictures."""
+    if arguments.arms is not None:
+        raise ValueError("--arms is for the demo of collapse: leave it out")
+    out = arguments.out or Path("runs/generate")
+    check_output(out, folder=True)
+    try:
+        made = run_generate(out, data=arguments.data, seed=arguments.seed, sets=arguments.set)
+    except (Interrupted, KeyboardInterrupt):
+        say(f"stopped; what is done is kept, go on with: steadyvq {shlex.join(sys.argv[1:])}")
+        return INTERRUPTED
+    except Diverged as error:
+        say(f"steadyvq demo: {error}")
+        return FAILED
+    table(made.rows)
+    say(", ".join(f"{name} {seconds:.0f} s" for name, seconds in made.seconds.items()))
+    say(f"pictures: {out / 'samples'}; report: {made.page}")
     return 0

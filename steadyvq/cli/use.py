@@ -5,7 +5,6 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from PIL import Image
 
 from steadyvq.cli.common import check_output, open_tokenizer, say, table
 from steadyvq.cli.distances import against, alike, distances, feature_networks, notes, show_checks
-from steadyvq.data import EvaluationCrops, ImageSource, always_streamed, decode_image, open_source, short_name, to_float
+from steadyvq.data import EvaluationCrops, ImageSource, always_streamed, decode_image, open_source, short_name
 from steadyvq.data.collection import image_files, read_images
-from steadyvq.data.decode import centre_square
 from steadyvq.files import write_atomically
+from steadyvq.generation import TokenSet, Views, is_token_set
+from steadyvq.generation.tokenise import encode_views
 from steadyvq.metrics import read_record, to_uint8, write_record
 from steadyvq.models import LPIPS, Tokenizer, load_lpips
 from steadyvq.models.perceptual import CLASSIFIERS, too_small
@@ -173,18 +173,18 @@ def _encode_files(
     """
     files, read = _readable(data)
     tokens, names, skipped = [], [], list[tuple[str, str]]()
+    views = Views(size=size)
     with ProgressReport("encode", len(files)) as progress:
 
-        def square(path: Path) -> torch.Tensor:
+        def cut(path: Path) -> torch.Tensor:
             try:
-                return centre_square(read(path), size)
+                return views.cut(read(path), 0)
             finally:
                 progress.advance()
 
-        images = read_images(files, square, data, skipped)
-        while batch := list(islice(images, BATCH)):
-            names += [name for name, _ in batch]
-            tokens.append(tokenizer.encode(to_float(torch.stack([image for _, image in batch]))))
+        for found, grids in encode_views(tokenizer, read_images(files, cut, data, skipped), len(views), BATCH):
+            names += found
+            tokens.append(grids[:, 0])
     return torch.cat(tokens).numpy(), names, skipped
 
 
@@ -198,10 +198,15 @@ def _readable(data: str) -> tuple[list[tuple[str, Path]], Callable[[Path], torch
 
 
 def decode(arguments: argparse.Namespace) -> int:
-    """Turns an .npz file of tokens into PNG files."""
+    """Turns tokens, an .npz file or the first views of a folder of tokens, into PNG files."""
     check_output(arguments.out, folder=True)
     tokenizer, _ = open_tokenizer(arguments.run, arguments.quantizer)
-    tokens, names = _read_tokens(arguments.tokens, tokenizer.quantizer.num_codes, tokenizer.index_rank)
+    if is_token_set(arguments.tokens):
+        stored = TokenSet(arguments.tokens)
+        stored.check_tokenizer(tokenizer, str(arguments.run))
+        tokens, names = stored.grids(stored.read(stored.rows())), stored.names()
+    else:
+        tokens, names = _read_tokens(arguments.tokens, tokenizer.quantizer.num_codes, tokenizer.index_rank)
     with ProgressReport("decode", len(tokens)) as progress:
         for start in range(0, len(tokens), BATCH):
             images = to_uint8(tokenizer.decode(tokens[start : start + BATCH])).permute(0, 2, 3, 1).numpy()

@@ -62,6 +62,12 @@ QUALITY = (
         caption="How many equally frequent codes would carry as much information.",
     ),
     Topic(
+        "Cross-entropy",
+        (("eval", "cross_entropy", "held out"),),
+        "nats per token",
+        caption="How well a prior predicts the tokens of held-out images, lower is better.",
+    ),
+    Topic(
         "Relative error",
         (("eval", "relative_error", "held out"), ("probe", "relative_error", "probe")),
         "ratio",

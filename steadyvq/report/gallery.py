@@ -14,6 +14,7 @@ from steadyvq.report.runs import Run
 EARLIER_PICTURES = 5
 ZOOM_TO = 500
 _RECONSTRUCTIONS = "Held-out images above, their reconstructions below."
+_DRAWN = "Pictures that the prior drew."
 _CODES = (
     "Tokens: the same images as codes, a square per token, a colour per code; that colours look alike means nothing."
 )
@@ -25,7 +26,9 @@ def picture_section(runs: Sequence[Run]) -> list[Markup]:
     maps = [_code_map(run, _names(run, runs)) for run in runs]
     if not any((*reconstructions, *maps)):
         return []
-    said = [text for text, shown in ((_RECONSTRUCTIONS, reconstructions), (_CODES, maps)) if any(shown)]
+    described = dict.fromkeys(_described(run) for run in runs)
+    said = [*described] if any(reconstructions) else []
+    said += [_CODES] if any(maps) else []
     pairs = [tag("div", *pair, class_="pictures") for pair in zip(reconstructions, maps, strict=True) if any(pair)]
     parts = [tag("h2", "Pictures"), *pairs, tag("p", " ".join(said), class_="small")]
     return [*parts, _earlier(runs[0])] if len(runs) == 1 and len(runs[0].pictures) > 1 else parts
@@ -35,11 +38,13 @@ def _names(run: Run, runs: Sequence[Run]) -> list[str]:
     return [run.label] if len(runs) > 1 else []
 
 
+def _described(run: Run) -> str:
+    return _DRAWN if run.is_prior else _RECONSTRUCTIONS
+
+
 def _newest(run: Run, names: Sequence[str]) -> Markup | None:
     # A picture whose file is damaged is left out; the one before it is the newest then.
-    usable = (
-        shown for step, path in reversed(run.pictures) if (shown := _picture(path, names, step, _RECONSTRUCTIONS))
-    )
+    usable = (shown for step, path in reversed(run.pictures) if (shown := _picture(path, names, step, _described(run))))
     return next(usable, None)
 
 
@@ -51,7 +56,7 @@ def _earlier(run: Run) -> Markup:
     before = run.pictures[:-1]
     count = min(EARLIER_PICTURES, len(before))
     chosen = [before[i * (len(before) - 1) // max(1, count - 1)] for i in range(count)]
-    pictures = [_picture(path, (), step, _RECONSTRUCTIONS) for step, path in chosen]
+    pictures = [_picture(path, (), step, _described(run)) for step, path in chosen]
     summary = tag("summary", f"Earlier pictures ({count} of {len(before)})")
     return tag("details", summary, tag("div", *pictures, class_="pictures"))
 

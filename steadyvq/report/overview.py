@@ -39,6 +39,19 @@ def _readable_time(text: object) -> str:
 
 def tiles(run: Run) -> Markup:
     """Return the final numbers of one run, large."""
+    time = ("Time", duration(run.seconds), f"{run.last_step:,} steps")
+    if run.is_prior:
+        images = run.final("held_out_images")
+        entries = [
+            ("Cross-entropy", _plain(run.final("cross_entropy"), ".3f", " nats"), "per token of held-out images"),
+            (
+                "Bits per image",
+                _plain(run.final("bits_per_image"), ",.0f"),
+                f"over {images:,.0f} images" if images else "",
+            ),
+            time,
+        ]
+        return _tiles(entries)
     low, high = run.final("psnr_low"), run.final("psnr_high")
     interval = "" if low is None or high is None else f"95 % interval {low:.2f} to {high:.2f}"
     ceiling = run.final("ceiling")
@@ -49,8 +62,12 @@ def tiles(run: Run) -> Markup:
         ("Codes used", percent(run.final("utilization")), ", ".join(part for part in used if part)),
         ("Perplexity", _plain(run.final("perplexity"), ",.0f"), f"of {run.num_codes:,}" if run.num_codes else ""),
         ("Relative error", _plain(run.final("relative_error"), ".3f"), ""),
-        ("Time", duration(run.seconds), f"{run.last_step:,} steps"),
+        time,
     ]
+    return _tiles(entries)
+
+
+def _tiles(entries: Sequence[tuple[str, str, str]]) -> Markup:
     shown = [
         tag("div", tag("dt", name), tag("dd", value, tag("small", detail) if detail else None))
         for name, value, detail in entries

@@ -53,6 +53,28 @@ def picture_grid(originals: ArrayLike, reconstructions: ArrayLike, columns: int 
     return Image.fromarray(canvas)
 
 
+def image_grid(given: ArrayLike, columns: int = 8, scale: int = 2) -> Image.Image:
+    """Return a picture of images side by side, row by row.
+
+    Args:
+        given: images (B, 3, H, W), uint8.
+        columns: images in a row.
+        scale: each pixel is shown as scale x scale pixels, without smoothing.
+
+    Raises:
+        ValueError: the images are not uint8 of shape (B, 3, H, W), or there are none.
+    """
+    images = _enlarge(_images(given, "images"), scale)
+    count, height, width = len(images), images.shape[2], images.shape[3]
+    columns = min(columns, count)
+    size = (-(-count // columns) * (height + COLUMN_GAP) - COLUMN_GAP, columns * (width + COLUMN_GAP) - COLUMN_GAP, 3)
+    canvas = np.full(size, GAP_COLOUR, np.uint8)
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (height + COLUMN_GAP), (i % columns) * (width + COLUMN_GAP)
+        canvas[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+    return Image.fromarray(canvas)
+
+
 def code_map(indices: ArrayLike, num_codes: int, scale: int = 8) -> Image.Image:
     """Return a picture of a token grid in which each code has a colour of its own, the same in every picture.
 

@@ -52,6 +52,11 @@ class Run:
     code_map: Path | None
     best: dict[str, Any]
 
+    @property
+    def is_prior(self) -> bool:
+        """Whether what was trained draws pictures, rather than reconstructing them."""
+        return bool(self.settings.get("task", "tokenizer") != "tokenizer")
+
     def points(self, kind: str, key: str) -> list[Point]:
         """Return one point per row of a kind, with None where the row has no finite value of the key."""
         rows = [row for row in self.rows if row.get("kind") == kind and number(row.get("step")) is not None]

@@ -18,6 +18,7 @@ from steadyvq.models.autoencoder import AutoencoderConfig
 from steadyvq.models.perceptual import CLASSIFIERS, too_small
 from steadyvq.quantizers.names import unknown
 from steadyvq.training.adversarial_config import AdversarialConfig
+from steadyvq.training.prior_config import PriorConfig
 from steadyvq.training.stages import Stage
 from steadyvq.training.strict import assignments, from_dict, merge, read_yaml
 
@@ -25,6 +26,17 @@ SMALLEST_CROP = 11
 ADDED_TO_STAGES = ("ramp",)
 FROZEN_BY = {"all": (), "decoder": ("encoder", "quantizer"), "codebook": ("encoder", "decoder")}
 """By `train`, the parts that it freezes in every stage."""
+
+UNUSED: dict[str, tuple[str, ...]] = {
+    "tokenizer": ("task", "prior"),
+    "autoregressive": (
+        *("model", "quantizer", "reconstruction", "latent", "perceptual", "perceptual_net", "perceptual_weights"),
+        *("adversarial", "init_from", "init_parts", "train", "probe_images", "optim.codebook_lr", "optim.codebook_eps"),
+        *("data.crop_size", "data.min_scale", "data.max_scale", "data.flip", "data.max_side", "data.test_fraction"),
+        *("data.streaming", "data.workers"),
+    ),
+}
+"""By task, the settings that mean nothing to it: they are refused if they are set, and not written down."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +166,9 @@ class RunConfig:
 
     Attributes:
         title: Shown in reports.
-        data: Photographs and crops.
+        task: What is trained: a `tokenizer` on photographs, or an `autoregressive` prior on stored tokens.
+        data: Photographs and crops, or as `data.source` a folder of stored tokens.
+        prior: The prior, if that is the task.
         model: Encoder and decoder.
         quantizer: The quantizer.
         optim: Optimiser.
@@ -193,6 +207,7 @@ class RunConfig:
     """
 
     title: str = ""
+    task: Literal["tokenizer", "autoregressive"] = "tokenizer"
     data: DataConfig = field(default_factory=DataConfig)
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
@@ -204,6 +219,7 @@ class RunConfig:
     perceptual_net: Literal["vgg", "alex"] = "vgg"
     perceptual_weights: str | None = None
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
     epochs: int = 10
     batch_size: int = 32
     micro_batch_size: int | None = None
@@ -243,6 +259,7 @@ class RunConfig:
             raise ValueError(
                 f"data.crop_size: {too_small(self.perceptual_net, self.data.crop_size)}, or set perceptual=0"
             )
+        self._refuse_unused()
         factor = self.model.downsampling
         if self.data.crop_size % factor or self.data.crop_size < SMALLEST_CROP:
             raise ValueError(
@@ -267,6 +284,17 @@ class RunConfig:
                 f"data.epoch_samples is {self.data.epoch_samples}, less than batch_size {self.batch_size}: an epoch "
                 "needs at least one batch"
             )
+
+    def _refuse_unused(self) -> None:
+        for name in UNUSED[self.task]:
+            group, _, key = name.rpartition(".")
+            owner = getattr(self, group) if group else self
+            field_of = type(owner).__dataclass_fields__[key]
+            default = (
+                field_of.default if field_of.default_factory is dataclasses.MISSING else field_of.default_factory()
+            )
+            if getattr(owner, key) != default:
+                raise ValueError(f"{name} is set, but it means nothing to the task {self.task!r}: leave it out")
 
     def lr_factor(self, step: int) -> float:
         """What all learning rates are multiplied by in a step (0-based): warm-up, then the decay."""
@@ -305,8 +333,11 @@ class RunConfig:
         return self.epoch_samples // self.batch_size
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON and YAML."""
+        """Plain data for JSON and YAML, without what means nothing to the task."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        for name in UNUSED[self.task]:
+            group, _, key = name.rpartition(".")
+            del (plain[group] if group else plain)[key]
         return plain
 
     def to_yaml(self) -> str:

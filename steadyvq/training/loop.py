@@ -355,12 +355,14 @@ class Engine:
     def _validate(self, progress: ProgressReport) -> dict[str, Any] | None:
         """Evaluates the averaged weights; returns what makes it the best evaluation so far, if it is."""
         values = self.task.validate(self.step, self.run)
-        self.task.export(self.run.tokenizer)
+        self.task.export(self.run.path / self.task.exported)
         best = self._better(values)
         if best is not None:
             self.task.export(self.run.best)
         self.run.log("eval", **self._where(), **values)
-        shown = ", ".join(f"{name} {values[name]:.2f}" for name in ("psnr", "utilization") if name in values)
+        shown = ", ".join(
+            f"{name} {values[name]:.2f}" for name in ("psnr", "utilization", "cross_entropy") if name in values
+        )
         progress.say(f"step {self.step}: {shown}")
         return best
 

@@ -49,6 +49,7 @@ class Task(ABC):
             steps only; several processes then look for them at each step, which takes time.
         counts: Names of numbers of `after_step` that are added up, not averaged, over the steps of a row of the log.
         best: The metric of `validate` whose best checkpoint is kept, and which end is best; None: no such metric.
+        exported: Name of the folder in a run's folder where the last evaluated weights are exported.
         feed: Where `batch` gets its samples from, if worker processes prepare them: the engine tells it what is to come,
             logs what it reports and ends it. None: `batch` prepares them itself.
     """
@@ -60,6 +61,7 @@ class Task(ABC):
     counts: frozenset[str] = frozenset()
     best: tuple[str, Literal["max", "min"]] | None = None
     feed: CropFeed | None = None
+    exported: str = "tokenizer"
 
     @property
     def averaged(self) -> nn.Module:
