@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One of two real processes that train with a table cut between them; test_sharded.py starts it.
 
-    python tests/sharded_process.py RANK COUNT PORT_FILE METHOD OUT
+python tests/sharded_process.py RANK COUNT PORT_FILE METHOD OUT
 """
 
 import os

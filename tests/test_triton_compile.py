@@ -53,7 +53,7 @@ def test_the_screen_fits_and_uses_the_tensor_cores(card: tuple[int, int], dim: i
     assert ("wgmma.mma_async" if card[0] == 9 else "mma.sync") in made.asm["ptx"]
     assert size.stages >= 2
     # The formula is what chooses the stages: it must not promise less than is taken.
-    assert made.metadata.shared <= tiles.screen_bytes(size, block, products * padded)
+    assert made.metadata.shared <= tiles.screen_bytes(size, card, block, products * padded)
 
 
 @pytest.mark.parametrize("dim", [100, 512])

@@ -138,7 +138,7 @@ class EMA(Maintenance):
             sums_by_code(a.indices, a.z.to(self.sums.dtype), self.sums.shape[0], row_weight=a.counted).sums
             for a in batch.assignments
         ]
-        return self._average(batch, batch.hits, batch.reduce(added(parts).to(self.sums)))
+        return self._average(batch, batch.hits, batch.reduce(added(parts)).to(self.sums))
 
     def _average(self, batch: UpdateBatch, hits: Tensor, sums: Tensor) -> dict[str, float]:
         """Takes hits (K,) and sums (K, d) of all processes into the averages and writes the codes."""

@@ -2,7 +2,7 @@
 """Shapes of tiles by graphics card: chosen by reasoning and by what the compiler says of registers, not tuned on a card.
 
 The reasoning, for the screen of the search: a tile of float32 sums should take about half of the 255 registers of a thread, so
-128 x 128 goes with 4 warps and 128 x 256 with 8. Latents of at most 128 dimensions stay in shared memory while blocks of codes
+128 x 128 goes with 4 warps and 128 x 256 with 8. Latents of at most 128 dimensions stay on the chip while blocks of codes
 stream past, as many at once as fit beside them: with 128 x 256 at d = 128 two on an H100 or H200 (227 KB), with 128 x 128 four
 on an A100 (163 KB) and two where there are 99 KB. Wider tiles read the codes fewer times from the second-level cache. The sums
 over d of the dense loss sit beside a tile of weights, so its tiles are smaller.
@@ -77,16 +77,18 @@ def fitted(tiles: Tiles, capability: tuple[int, int], block: int, main: int) -> 
         main: All columns but the bounds.
     """
     stages = tiles.stages
-    while stages > 1 and screen_bytes(tiles._replace(stages=stages), block, main) > _shared(capability):
+    while stages > 1 and screen_bytes(tiles._replace(stages=stages), capability, block, main) > _shared(capability):
         stages -= 1
     return tiles._replace(stages=stages)
 
 
-def screen_bytes(tiles: Tiles, block: int, main: int) -> int:
+def screen_bytes(tiles: Tiles, capability: tuple[int, int], block: int, main: int) -> int:
     """Shared memory that the screen takes, at most."""
     minima = 4 * tiles.rows * LANES
     if block == main:
-        return 2 * (block + 16) * (tiles.rows + tiles.stages * tiles.codes) + minima
+        # Before Hopper the latents that stay are held in registers.
+        kept = tiles.rows if capability[0] >= 9 else 0
+        return 2 * (block + 16) * (kept + tiles.stages * tiles.codes) + minima
     return 2 * (tiles.stages * block + 16) * (tiles.rows + tiles.codes) + minima
 
 
