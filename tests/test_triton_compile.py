@@ -40,7 +40,7 @@ def compiled(kernel: Any, types: list[str], card: tuple[int, int], constants: di
 
 
 @pytest.mark.parametrize("card", CARDS)
-@pytest.mark.parametrize(("dim", "products"), [(8, 1), (128, 1), (512, 1), (64, 3)])
+@pytest.mark.parametrize(("dim", "products"), [(8, 3), (128, 1), (512, 1), (64, 3)])
 def test_the_screen_fits_and_uses_the_tensor_cores(card: tuple[int, int], dim: int, products: int) -> None:
     from steadyvq.kernels.triton import device_search as device
 

@@ -78,7 +78,7 @@ def unusable(device: str = "cuda", dtype: torch.dtype = torch.float32, dim: int 
 
 
 def nearest(
-    z: Tensor, table: Tensor, *, dot: bool = False, products: int = 1, tiles: Tiles | None = None
+    z: Tensor, table: Tensor, *, dot: bool = False, products: int | None = None, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor]:
     """Exact nearest code of every latent; same contract as `reference.nearest`.
 
@@ -86,7 +86,7 @@ def nearest(
         z: (N, d) latents.
         table: (K, d) codes.
         dot: Largest inner product in place of smallest distance.
-        products: 1 or 3; see `screening.find`.
+        products: 1 or 3 (see `screening.find`); None: 3 up to 32 dimensions.
         tiles: Of the screen, chosen from the card if None.
     """
     return search(z, table, dot=dot, products=products, tiles=tiles)[:2]
@@ -97,7 +97,7 @@ def search(
     table: Tensor,
     *,
     dot: bool = False,
-    products: int = 1,
+    products: int | None = None,
     tiles: Tiles | None = None,
     counted: Tensor | None = None,
     count: bool = False,
@@ -109,6 +109,9 @@ def search(
         ValueError: The kernels cannot be used here.
     """
     check(z, table)
+    if products is None:
+        # Tensor cores take 16 columns at a time, so that few dimensions cost next to nothing; their codes lie close together.
+        products = 3 if z.shape[1] <= 32 else 1
     if products not in (1, 3):
         raise ValueError(f"products is {products}, but the screen takes 1 or 3 of them")
     if z.shape[0] == 0:
