@@ -21,7 +21,7 @@ def test_one_sentence_where_there_is_no_card() -> None:
 
 
 @pytest.mark.slow
-def test_every_group_gives_rows(monkeypatch) -> None:
+def test_searches_and_losses_give_rows(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import gpu
 
@@ -36,8 +36,8 @@ def test_every_group_gives_rows(monkeypatch) -> None:
     monkeypatch.setattr(gpu, "total_bytes", lambda: 1 << 33)
     monkeypatch.setattr(gpu, "QUICK", [(128, 256, 16)])
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    for group in gpu.GROUPS.values():
-        rows = list(group(True))
+    for name in ("search", "dense"):  # whole steps take a minute on a CPU
+        rows = list(gpu.GROUPS[name](True))
         assert rows
         for row in rows:
             assert "ms" in gpu.line(row)
