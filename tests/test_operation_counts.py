@@ -138,7 +138,14 @@ def test_operations_and_the_largest_tensor_stay_within_their_bounds(name: str) -
 
 def test_what_waits_is_seen() -> None:
     x = torch.arange(6.0)
-    for call in (x.sum().item, (x > 2).nonzero, lambda: x[x > 2], x.tolist, lambda: bool(x[0] > 1), x.numpy):
+    for call in (
+        x.sum().item,
+        (x > 2).nonzero,
+        lambda: x[x > 2],
+        lambda: x.tolist(),
+        lambda: bool(x[0] > 1),
+        lambda: x.numpy(),
+    ):
         assert counted(call).waits == 1
     for call in (lambda: x.masked_fill(x > 2, 0.0), lambda: x[torch.tensor([1, 2])], lambda: x.topk(2)):
         assert counted(call).waits == 0
