@@ -21,7 +21,7 @@ def whole_step(name: str, images: torch.Tensor, num_codes: int, dim: int) -> Cal
     """A training step of the 128x128 f8 model: forward, losses, backward, Adam, bookkeeping."""
     torch.manual_seed(0)
     quantizer = build_quantizer(name, num_codes=num_codes, dim=dim, channel_axis=1)
-    model = Tokenizer.build(AUTOENCODERS["simvq_f8"], quantizer)
+    model = Tokenizer.build(AUTOENCODERS["simvq_f8"], quantizer).to(images.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, foreach=True)
 
     def step() -> None:

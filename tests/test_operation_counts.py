@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step asks torch for as many operations as it did, and never for an N x K tensor.
+"""A training step asks torch for as many operations as it did, never for an N x K tensor, and seldom for a value.
 
 Counts do not depend on the machine, as times do. After a change that is worth more operations:
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 import steadyvq
 from steadyvq.kernels import statistics, streaming
@@ -31,16 +31,49 @@ SIZES: dict[str, dict[str, Any]] = {
 KERNELS = ("kernel: nearest", "kernel: soft_statistics")
 
 
+# What makes the host wait for a card: a value is asked for, or a shape depends on values.
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "equal"}
+
+
+def waits(func: Any, args: Any) -> bool:
+    """Whether an operation would wait for the device on a card."""
+    name = func._schema.name.split("::")[-1]
+    if name in ("index", "index_put", "index_put_") and len(args) > 1:
+        masks = any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in args[1])
+        # One number put into masked places is a fill.
+        return masks and (name == "index" or args[2].numel() > 1)
+    return name in WAITS
+
+
 class Counter(TorchDispatchMode):
-    """Counts operations, and remembers the largest tensor that one returned."""
+    """Counts operations and those that wait for the device, and remembers the largest tensor that one returned."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = self.largest = 0
+        self.count = self.largest = self.waits = 0
+
+    def __enter__(self) -> "Counter":
+        # These two read memory without asking the dispatcher.
+        self._originals = {name: getattr(torch.Tensor, name) for name in ("tolist", "numpy")}
+        for name, original in self._originals.items():
+
+            def noted(tensor: torch.Tensor, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+                # Within an operator of ours no mode is on: a CPU's kernels may look at what they like.
+                self.waits += _get_current_dispatch_mode() is self
+                return original(tensor, *args, **kwargs)
+
+            setattr(torch.Tensor, name, noted)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for name, original in self._originals.items():
+            setattr(torch.Tensor, name, original)
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.count += 1
+        self.waits += waits(func, args)
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.numel())
@@ -80,7 +113,7 @@ def method(name: str) -> dict[str, int]:
 
     step()
     counter = counted(step)
-    return {"operations": counter.count, "largest": counter.largest}
+    return {"operations": counter.count, "largest": counter.largest, "waits": counter.waits}
 
 
 def measured(name: str) -> dict[str, int]:
@@ -100,6 +133,22 @@ def test_operations_and_the_largest_tensor_stay_within_their_bounds(name: str) -
     assert found["largest"] <= 1.1 * bound["largest"]
     assert found["operations"] >= 0.7 * bound["operations"], "much fewer: lower the bound"
     assert bound["largest"] <= LATENTS * CODES / 4, "no N x K tensor"
+    assert found.get("waits", 0) <= bound.get("waits", 0), "the host waits for the device more often"
+
+
+def test_what_waits_is_seen() -> None:
+    x = torch.arange(6.0)
+    for call in (
+        x.sum().item,
+        (x > 2).nonzero,
+        lambda: x[x > 2],
+        lambda: x.tolist(),
+        lambda: bool(x[0] > 1),
+        lambda: x.numpy(),
+    ):
+        assert counted(call).waits == 1
+    for call in (lambda: x.masked_fill(x > 2, 0.0), lambda: x[torch.tensor([1, 2])], lambda: x.topk(2)):
+        assert counted(call).waits == 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def explain(arguments: argparse.Namespace) -> int:
     """Says which search and which dense loss are used for N latents and K codes of d dimensions."""
     import torch
 
-    from steadyvq.kernels import choice, native
+    from steadyvq.kernels import choice, native, triton
 
     n, k, d = arguments.num_latents, arguments.num_codes, arguments.dim
     for name, value in (("N", n), ("K", k), ("d", d)):
@@ -35,8 +35,11 @@ def explain(arguments: argparse.Namespace) -> int:
     table(rows)
     library = native.library()
     print(f"compiled kernels: {library.reason if library.functions else 'none: ' + library.reason}")
+    cards = triton.unusable() or "can be used here; the first use checks them on a small problem"
+    print(f"Triton kernels (NVIDIA cards): {cards}")
     print(
-        'others: STEADYVQ_NATIVE=0 switches the compiled ones off; `with kernels.use_backend("streaming")` does for a block'
+        "others: STEADYVQ_NATIVE=0 and STEADYVQ_TRITON=0 switch the compiled ones off; "
+        '`with kernels.use_backend("streaming")` does for a block'
     )
     if arguments.measure:
         _measure(n, k, d, dtype)

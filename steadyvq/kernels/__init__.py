@@ -7,7 +7,8 @@ makes the loss of that name, with its gradient in closed form, out of those redu
 entropies, Gumbel draws), `pulls` (dense pulls on the codebook), `sinkhorn` (balanced assignment), `contrast` (near and far
 latents of every code) and `hashing` (noise by position) hold what single methods need, in blocks as well. Backends
 share one contract: `reference` (dense float64 definitions, for tests), `streaming` (tiles of torch products, any device) and
-`native` (a C kernel, CPUs). `choice` says which one is used when.
+`native` (a C kernel, CPUs) and `triton` (NVIDIA cards). `choice` says which one is used when. `passes` has what else a
+search can give in the same pass, and sums by code.
 
 Shapes: N latents, K codes, d dimensions.
 """
@@ -21,13 +22,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from steadyvq.kernels import choice, native, reference, statistics, streaming
+from steadyvq.kernels import choice, native, reference, statistics, streaming, triton
 from steadyvq.kernels.rounding import working_dtype
 
 __all__ = [
     "NonStationary",
     "SoftStatistics",
     "attach_gradient",
+    "backend",
+    "effective_losers",
     "nearest",
     "non_stationary",
     "non_stationary_loss",
@@ -42,8 +45,9 @@ class _Backend(NamedTuple):
 
 
 _BACKENDS = {
-    "auto": _Backend(choice.nearest, statistics.soft_statistics),
+    "auto": _Backend(choice.nearest, statistics.chosen),
     "native": _Backend(native.nearest, statistics.soft_statistics),
+    "triton": _Backend(triton.nearest, triton.soft_statistics),
     "streaming": _Backend(streaming.nearest, statistics.soft_statistics),
     "reference": _Backend(reference.nearest, reference.soft_statistics),
 }
@@ -97,7 +101,7 @@ class NonStationary(NamedTuple):
 
 
 @contextlib.contextmanager
-def use_backend(name: Literal["auto", "native", "streaming", "reference"]) -> Iterator[None]:
+def use_backend(name: Literal["auto", "native", "triton", "streaming", "reference"]) -> Iterator[None]:
     """Compute with one backend inside the `with` block, in every thread of the process."""
     global _backend
     if name not in _BACKENDS:
@@ -108,6 +112,11 @@ def use_backend(name: Literal["auto", "native", "streaming", "reference"]) -> It
         yield
     finally:
         _backend = previous
+
+
+def backend() -> str:
+    """The backend in use."""
+    return _backend
 
 
 @torch.library.custom_op("steadyvq::nearest", mutates_args=())
@@ -316,7 +325,7 @@ def non_stationary(
         pull = _present(row_mass.unsqueeze(1) * latents - row_sum, row_weight)
         pull = pull if row_weight is None else pull * row_weight.unsqueeze(1)
         loss = attach_gradient(loss, z, pull * (2 * scale))
-    losers = _present(_effective_losers(lse, loser, row_cost, tau), row_weight)
+    losers = _present(effective_losers(lse, loser, row_cost, tau), row_weight)
     return NonStationary(loss, winner, losers, torch.maximum(-low, high))
 
 
@@ -400,7 +409,7 @@ def _present(values: Tensor, row_weight: Tensor | None) -> Tensor:
     return torch.where(present, values, 0.0)
 
 
-def _effective_losers(lse: Tensor, loser: Tensor, cost: Tensor, tau: Tensor) -> Tensor:
+def effective_losers(lse: Tensor, loser: Tensor, cost: Tensor, tau: Tensor) -> Tensor:
     """Exp of the entropy of p_j = w_j / m over the losers, m their mass: H = sum_j p_j D_j / tau + lse + log m."""
     some = loser > 0
     mass = torch.where(some, loser, 1.0)

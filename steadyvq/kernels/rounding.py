@@ -34,6 +34,18 @@ one, are re-scored in float64, so the winner is always among them. The slack als
    of 2 |E^|. So the computed score is at most S, but for underflow, and with the float32 score s^_k of any code k
    s~_j* <= S_j* <= S_k + 2 B'' <= s^_k + B' + 2 B'': the slack again, whose second B' is left for underflow.
 
+7. The same screen wholly inside one product of T columns (Triton), with Z and E in float64 before they are rounded to
+   bfloat16, once or as the sum of two parts (then T is three times as wide, and the product of the second parts is left out).
+   With Z~, E~ the rounded rows, r the residuals and low the second parts (0 for one part),
+       |Z . E - sum of the products| <= |r_Z| |E| + |Z~| |r_E| + |low_Z| |low_E|,
+   and three columns subtract twice each of these, rounded up. Three more add (1 - kappa) |E|^2 as three bfloat16 parts. The sum
+   of T products in any order, accumulated in float32 with four times its unit roundoff, errs by at most gamma = gamma_T of 4 u
+   times the sum of the terms' sizes, which is below |E|^2 + (2.09 + 2.1 lambda) |Z| |E| even where bfloat16 cuts off instead of
+   rounding: lambda = 1.25 gamma is added to |r_Z| / |Z|, and kappa = 1.25 gamma + 2^-20 also covers what three parts leave of
+   |E|^2. So the computed score is at most S but for underflow. A latent's code j* satisfies, by item 4,
+   S_j* <= D_best - |Z|^2 + 2 B'' for every D_best that some code has in float64: bundles above that are out, and everything
+   below it is scored in float64. Underflow is added to that limit.
+
 For inner products c = 0 and n = 0, and the float64 score is -z . e: its error, doubled as S is, is at most
 2 (d + 1) 2^-53 |z| |e|, which item 4 covers because 4 |z| |e| <= (|z| + |e|)^2; item 3 falls away.
 
@@ -101,7 +113,7 @@ def slack_of(lengths: Tensor, longest: Tensor, dim: int, operand: float, accumul
 
 
 class Screen(NamedTuple):
-    """Shares of lengths by which a bfloat16 score is lowered; see item 6.
+    """Shares of lengths by which a bfloat16 score is lowered; see items 6 and 7.
 
     Attributes:
         kappa: of |E|^2.
@@ -119,6 +131,13 @@ def screen_of(dim: int) -> Screen:
     gamma = terms / (1 - terms)
     stored = (dim + 1) * u / (1 - (dim + 1) * u)
     return Screen(1.01 * (gamma + stored + 8 * u), 1.05 * gamma + 3 * u)
+
+
+def screen_shares(columns: int) -> Screen:
+    """The shares of item 7, for a product over that many columns."""
+    terms = columns * 4 * 2.0**-24
+    gamma = terms / (1 - terms)
+    return Screen(1.25 * gamma + 2.0**-20, 1.25 * gamma)
 
 
 def roundoff(dtype: torch.dtype) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from steadyvq.kernels import choice, native
+from steadyvq.kernels import choice, native, triton
 
 # Softmax weights below this are zero: e^-60.
 _NEGLIGIBLE = 1e-26
@@ -63,6 +63,24 @@ def soft_statistics(
             sums.row_mass[block] = (weight @ factor) / total
             sums.row_sum[block] = (weight @ scaled) / total.unsqueeze(1)
     return sums.outputs(present)
+
+
+def chosen(
+    z: Tensor,
+    table: Tensor,
+    indices: Tensor,
+    temperature: Tensor | float,
+    row_weight: Tensor | None = None,
+    column_weight: Tensor | None = None,
+    *,
+    losers: bool = True,
+    squared: bool = True,
+    want_row_sum: bool = False,
+) -> tuple[Tensor, ...]:
+    """`soft_statistics` by the kernels that suit the device."""
+    reduce = triton.soft_statistics if choice.uses_triton(z, table) else soft_statistics
+    options = {"losers": losers, "squared": squared, "want_row_sum": want_row_sum}
+    return reduce(z, table, indices, temperature, row_weight, column_weight, **options)
 
 
 class Rows(NamedTuple):

@@ -4,8 +4,10 @@
 from steadyvq.quantizers.base import Assignment, Quantized, Quantizer
 from steadyvq.quantizers.codebooks import Codebook, FreeCodebook, FrozenCodebook, LinearCodebook, TransformedCodebook
 from steadyvq.quantizers.compose import compose
-from steadyvq.quantizers.processes import across_processes
+from steadyvq.quantizers.processes import across_processes, process_shards
 from steadyvq.quantizers.registry import Method, accepts, build_quantizer, list_quantizers, methods, register
+from steadyvq.quantizers.sharded import ShardedQuantizer
+from steadyvq.quantizers.shards import Shards
 from steadyvq.quantizers.vector import VectorQuantizer
 
 __all__ = [
@@ -17,6 +19,8 @@ __all__ = [
     "Method",
     "Quantized",
     "Quantizer",
+    "ShardedQuantizer",
+    "Shards",
     "TransformedCodebook",
     "VectorQuantizer",
     "accepts",
@@ -25,5 +29,6 @@ __all__ = [
     "compose",
     "list_quantizers",
     "methods",
+    "process_shards",
     "register",
 ]

@@ -38,6 +38,14 @@ SHORTEST = 1e-8
 """Length from which on a row has a direction; below, the gradient of its direction would be worth nothing."""
 
 
+def added(parts: list[Tensor]) -> Tensor:
+    """The sum of the parts of a step's micro-batches, in their order."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
 def alone(tensor: Tensor) -> Tensor:
     """Sum and concatenation in one process: the tensor itself."""
     return tensor
@@ -390,6 +398,39 @@ class Quantizer(nn.Module, ABC):
     def extra_repr(self) -> str:
         """The size and layout, for `print(model)`."""
         return f"num_codes={self.num_codes}, dim={self.dim}, channel_axis={self.channel_axis}"
+
+
+class HostNumber:
+    """Reads a 0-d buffer of a device once, and knows its value from then on as long as nobody else writes it.
+
+    A value that the device is asked for makes the host wait for all work before it; a counter that the host itself moves need
+    not be asked for.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[Tensor, int, float] | None = None
+
+    def of(self, buffer: Tensor) -> float:
+        """The value of the buffer."""
+        if self._known is None or self._known[0] is not buffer or self._known[1] != buffer._version:
+            self._known = (buffer, buffer._version, buffer.item())
+        return self._known[2]
+
+    def assign(self, buffer: Tensor, value: int) -> None:
+        """Writes an integer."""
+        buffer.fill_(value)
+        self._known = (buffer, buffer._version, value)
+
+    def advance(self, buffer: Tensor) -> int:
+        """Adds 1 to an integer buffer; returns its value."""
+        self.assign(buffer, int(self.of(buffer)) + 1)
+        return int(self.of(buffer))
+
+    def __deepcopy__(self, memo: object) -> HostNumber:
+        return HostNumber()
+
+    def __reduce__(self) -> tuple[type[HostNumber], tuple[()]]:
+        return HostNumber, ()
 
 
 def to_rows(latents: Tensor, dim: int, channel_axis: int, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from steadyvq.quantizers.base import SHORTEST, Assignment, Gather, Reduce, unit
+from steadyvq.kernels.passes import sums_by_code
+from steadyvq.quantizers.base import SHORTEST, Assignment, Gather, HostNumber, Reduce, added, unit
 from steadyvq.quantizers.codebooks import Codebook, FrozenCodebook
 from steadyvq.quantizers.noise import Noise
 
@@ -140,11 +141,11 @@ class EMA(Maintenance):
 
     def forward(self, batch: UpdateBatch) -> dict[str, float]:
         """Averages the latents of this step into the codes."""
-        sums = torch.zeros_like(self.sums)
-        for a in batch.assignments:
-            valid = a.counted
-            sums.index_add_(0, a.indices[valid], a.z[valid].to(sums))
-        return self._average(batch, batch.hits, batch.reduce(sums))
+        parts = [
+            sums_by_code(a.indices, a.z.to(self.sums.dtype), self.sums.shape[0], row_weight=a.counted).sums
+            for a in batch.assignments
+        ]
+        return self._average(batch, batch.hits, batch.reduce(added(parts)).to(self.sums))
 
     def _average(self, batch: UpdateBatch, hits: Tensor, sums: Tensor) -> dict[str, float]:
         """Takes hits (K,) and sums (K, d) of all processes into the averages and writes the codes."""
@@ -206,6 +207,7 @@ class ReplaceDead(Maintenance):
             )
         self.dim, self.patience, self.every, self.cap = dim, patience, every, cap
         self.donors, self.jitter, self.decay = donors, jitter, decay
+        self._count = HostNumber()
         self.register_buffer("idle", torch.zeros(num_codes, dtype=torch.int64))
         self.register_buffer("usage", torch.zeros(num_codes))
         self.register_buffer("mass", torch.zeros(num_codes))
@@ -224,11 +226,10 @@ class ReplaceDead(Maintenance):
     def forward(self, batch: UpdateBatch) -> dict[str, float]:
         """Counts this step and, when an event is due, replaces dead codes."""
         self.idle += batch.tokens.to(torch.int64)
-        self.idle[batch.hits > 0] = 0
+        self.idle.masked_fill_(batch.hits > 0, 0)
         self.usage.lerp_(batch.hits.to(self.usage), 1 - self.decay)
         self.mass.lerp_(batch.distortion.to(self.mass), 1 - self.decay)
-        self.updates += 1
-        if int(self.updates) % self.every:
+        if self._count.advance(self.updates) % self.every:
             return {"replaced": 0.0}
         dst, src = self._choose(batch.generator)
         if dst.numel():
@@ -242,7 +243,11 @@ class ReplaceDead(Maintenance):
         weight = torch.where(dead, 0.0, self.mass if self.donors == "distortion" else self.usage)
         weight = torch.where(weight.isfinite(), weight, 0.0)
         limit = max(1, int(self.cap * num_codes))
-        count = min(int(dead.sum()), int((weight > 0).sum()), limit)
+        # How many codes change is a shape, so this is the one number that the host waits for, once per event.
+        count = min(int(torch.minimum(dead.sum(), (weight > 0).sum())), limit)
+        if count == 0:
+            nobody = torch.zeros(0, dtype=torch.int64, device=dead.device)
+            return nobody, nobody
         order = torch.sort(torch.where(dead, self.idle, -1), descending=True, stable=True).indices
         # Gumbel top-k draws without replacement, so that no donor is split twice in one event.
         noise = torch.rand(num_codes, generator=generator).clamp_(1e-20, 1 - 1e-7)
@@ -344,15 +349,16 @@ class Anneal(Maintenance):
             )
         self.shape, self.period, self.rate, self.floor = shape, period, rate, floor
         self.hold, self.stairs = hold, stairs
+        self._count, self._origin = HostNumber(), HostNumber()
         self.register_buffer("start", torch.zeros(()))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def forward(self, batch: UpdateBatch) -> dict[str, float]:
         """Sets tau for the next step."""
-        if int(self.updates) == 0:
+        if self._count.of(self.updates) == 0:
             self.start.copy_(batch.temperature)
-        self.updates += 1
-        batch.temperature.fill_(self._at(float(self.start), max(0, int(self.updates) - self.hold) / self.period))
+        count = self._count.advance(self.updates)
+        batch.temperature.fill_(self._at(self._origin.of(self.start), max(0, count - self.hold) / self.period))
         return {}
 
     def _at(self, start: float, periods: float) -> float:

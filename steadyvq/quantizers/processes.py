@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from steadyvq.quantizers.base import Quantizer, alone
+from steadyvq.quantizers.shards import Shards
 
 
 def across_processes(module: nn.Module, group: dist.ProcessGroup | None = None) -> int:
@@ -50,6 +51,32 @@ def across_processes(module: nn.Module, group: dist.ProcessGroup | None = None) 
     return dist.get_world_size(group)
 
 
+def process_shards(group: dist.ProcessGroup | None = None) -> Shards:
+    """The processes of a group as those that share a table; see `ShardedQuantizer`.
+
+    Raises:
+        ValueError: torch.distributed was not initialised.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "process_shards was called in a process that belongs to no group: call torch.distributed.init_process_group "
+            "first, or leave `shards` out in a run of one process"
+        )
+
+    def reduced(tensor: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+        total = tensor.detach().clone()
+        dist.all_reduce(total, how, group=group)
+        return total
+
+    return Shards(
+        rank=dist.get_rank(group),
+        count=dist.get_world_size(group),
+        sum=lambda tensor: reduced(tensor, dist.ReduceOp.SUM),
+        minimum=lambda tensor: reduced(tensor, dist.ReduceOp.MIN),
+        gather=lambda rows: _parts(rows, group),
+    )
+
+
 def in_one_process(module: nn.Module) -> None:
     """Undoes `across_processes`: what follows is done by one process, or by each for itself."""
     for quantizer in _quantizers(module):
@@ -71,6 +98,11 @@ def _quantizers(module: nn.Module) -> list[Quantizer]:
 
 def _concatenate(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Rows (n, ...) of all processes, in the order of their ranks; n may differ between them."""
+    return torch.cat(_parts(rows, group))
+
+
+def _parts(rows: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Rows (n, ...) of each process."""
     count = torch.tensor([rows.shape[0]], device=rows.device)
     counts = [torch.zeros_like(count) for _ in range(dist.get_world_size(group))]
     dist.all_gather(counts, count, group=group)
@@ -79,4 +111,4 @@ def _concatenate(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     padded[: rows.shape[0]] = rows.detach()
     parts = [torch.zeros_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return [part[:size] for part, size in zip(parts, sizes, strict=True)]

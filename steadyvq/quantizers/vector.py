@@ -18,12 +18,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from steadyvq.kernels.passes import select, sums_by_code
 from steadyvq.quantizers.assign import ASSIGNMENTS, Setting, described, evaluated
 from steadyvq.quantizers.assigning import AssigningQuantizer, check_indices
 from steadyvq.quantizers.base import (
     Assignment,
+    HostNumber,
     Quantizer,
     WeightAverage,
+    added,
     alone,
     check_mask,
     from_rows,
@@ -90,6 +93,7 @@ class VectorQuantizer(AssigningQuantizer):
         parts = (*self.losses.values(), self.assign, self.estimator)
         self.needs_update = bool(self.maintenance) or any(getattr(part, "needs_update", False) for part in parts)
         self._paused: frozenset[str] = frozenset()
+        self._count = HostNumber()
         self._optimizer_checked = False
         for part in self._parts():
             part.check(codes)
@@ -136,7 +140,7 @@ class VectorQuantizer(AssigningQuantizer):
         setting = Setting(self.training, self.temperature, noise, weight, reduce)
         extra = (setting,) if getattr(self.assign, "informed", False) else ()
         indices, distance = self.assign(z.detach(), table.detach(), *extra)
-        selected = nn.functional.embedding(indices, table)
+        selected = select(table, indices)
         if mask is not None:
             indices = torch.where(mask.reshape(-1), indices, -1)
         return Assignment(
@@ -215,18 +219,13 @@ class VectorQuantizer(AssigningQuantizer):
     def _update(
         self, batch: list[Assignment], optimizer: torch.optim.Optimizer | None, ema: WeightAverage | None
     ) -> dict[str, float]:
-        self.updates += 1
+        count = self._count.advance(self.updates)
         if not batch or not self.maintenance:
             return {}
         self._check_optimizer(optimizer)
-        hits, distortion = (
-            torch.zeros(self.num_codes, dtype=a.dtype, device=a.device) for a in [batch[0].distance] * 2
-        )
-        for a in batch:
-            valid = a.counted
-            hits.index_add_(0, a.indices[valid], torch.ones_like(a.distance[valid]))
-            distortion.index_add_(0, a.indices[valid], a.distance[valid])
-        hits = self.reduce(hits)
+        sums = [sums_by_code(a.indices, a.distance[:, None], self.num_codes, row_weight=a.counted) for a in batch]
+        hits = self.reduce(added([part.mass for part in sums]))
+        distortion = added([part.sums for part in sums])[:, 0]
 
         def rewrite(dst: Tensor, src: Tensor, noise: Tensor) -> None:
             if self.unit_sphere:
@@ -248,7 +247,7 @@ class VectorQuantizer(AssigningQuantizer):
             reduce=self.reduce,
             gather=self.gather,
             noise=Noise.at(self.seed, self.updates, torch.arange(self.num_codes, device=hits.device)),
-            generator=torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.updates)),
+            generator=torch.Generator().manual_seed(self.seed * 1_000_003 + count),
             rewrite=rewrite,
             unit_sphere=bool(self.unit_sphere),
         )

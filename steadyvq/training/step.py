@@ -74,7 +74,11 @@ class GlobalStep:
         """The micro-batches of this process in global batch number `index` of an epoch."""
         device = self.processes.fabric.device
         batches = [self.task.batch(epoch, own) for own in self._positions(index)]
-        return [_pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch) for batch in batches]
+        # To a device, the copy waits for nothing; pageable memory is read before the call returns.
+        return [
+            _pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
+            for batch in batches
+        ]
 
     def _positions(self, index: int) -> list[range]:
         start = index * self.batch_size
@@ -168,8 +172,12 @@ class GlobalStep:
         else:
             norm = torch.nn.utils.clip_grad_norm_(parameters, largest)
         loss = means.pop("")
-        finite = bool(torch.isfinite(norm + loss) & ~broken)
-        return Gradient(outputs, loss, means, norm, finite, added)
+        # The one question to the device in a step: whether to go on decides what the host does next.
+        whole = (torch.isfinite(norm + loss) & ~broken).to(added)
+        finite, *numbers = torch.cat([whole.reshape(1), added]).tolist()
+        return Gradient(
+            outputs, loss, means, norm, bool(finite), numbers if self.processes.count > 1 else list(signals)
+        )
 
     @contextmanager
     def _synchronised(self, model: nn.Module, *, last: bool) -> Iterator[None]:
@@ -185,29 +193,32 @@ class GlobalStep:
 
     def _means(
         self, outputs: Sequence[StepOutput], weights: Sequence[Weight], signals: Sequence[float]
-    ) -> tuple[dict[str, Tensor], Weight, Tensor, list[float]]:
+    ) -> tuple[dict[str, Tensor], Weight, Tensor, Tensor]:
         """Means over all items of the step ("": the loss), the sum of weights, whether anything broke, summed signals.
 
         One vector is summed over processes.
         """
         names = list(outputs[0].logs)
         here = torch.stack([_row(o, names, w) for o, w in zip(outputs, weights, strict=True)]).sum(0)
-        here = torch.cat([here, torch.tensor(signals, dtype=here.dtype, device=here.device)])
-        parts = [len(names) + 1, 1, 1, len(signals)]
+        # In one process they need not travel.
+        sent = torch.tensor(signals if self.processes.count > 1 else [], dtype=here.dtype)
+        here = torch.cat([here, sent.to(here.device, non_blocking=True)])
+        parts = [len(names) + 1, 1, 1, len(sent)]
         shares, weight, broken, added = torch.split(self.processes.sum(here), parts)
         means = dict(zip(["", *names], shares / weight, strict=True))
         total: Weight = weight[0].clamp_min(1e-12)
         if self.processes.count == 1 and not any(isinstance(w, Tensor) for w in weights):
             # Plain numbers, so that a batch in one piece is not even multiplied by 1.
             total = float(sum(weights))
-        return means, total, broken[0] > 0, added.tolist() if self.processes.count > 1 else list(signals)
+        return means, total, broken[0] > 0, added
 
 
 def _row(output: StepOutput, names: Sequence[str], weight: Weight) -> Tensor:
     """Loss and logs of a micro-batch times its weight, the weight, and 1 if something broke, in float64."""
     values = [output.loss, *(output.logs[name] for name in names)]
     row = torch.stack([value.detach().to(output.loss.device, torch.float64) for value in values])
-    size = torch.as_tensor(weight, device=row.device, dtype=row.dtype)
+    # Filling waits for nothing, where a number copied to the device would.
+    size = weight.to(row) if isinstance(weight, Tensor) else torch.full((), weight, device=row.device, dtype=row.dtype)
     broken = torch.zeros_like(size) if output.finite is None else (~output.finite).to(row)
     # A micro-batch without a single item has no mean.
     return torch.cat([torch.where(size > 0, row * size, 0.0), torch.stack([size, broken])])

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steadyvq.quantizers.base import Quantized, Quantizer, WeightAverage
+from steadyvq.quantizers.base import HostNumber, Quantized, Quantizer, WeightAverage
 from steadyvq.quantizers.estimators import ESTIMATORS
 from steadyvq.quantizers.registry import register
 from steadyvq.quantizers.wrappers import Visit, Wrapper, build_layers, check_count, check_options
@@ -80,18 +80,19 @@ class Residual(Wrapper):
         self._estimator = self._built_estimator
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("active", torch.full((), count, dtype=torch.int64))
+        self._count, self._used = HostNumber(), HostNumber()
         self._draw()
         self.configure()
 
     def _draw(self) -> None:
         """How many layers the next step uses."""
-        generator = torch.Generator().manual_seed((self.seed + 500_009) * 1_000_003 + int(self.updates))
+        generator = torch.Generator().manual_seed((self.seed + 500_009) * 1_000_003 + int(self._count.of(self.updates)))
         drop = float(torch.rand((), generator=generator)) < self.dropout
         drawn = int(torch.randint(1, self.count + 1, (), generator=generator))
-        self.active.fill_(drawn if drop else self.count)
+        self._used.assign(self.active, drawn if drop else self.count)
 
     def _num_active(self) -> int:
-        return int(self.active)
+        return int(self._used.of(self.active))
 
     def configure(
         self,
@@ -161,7 +162,7 @@ class Residual(Wrapper):
         self, batch: list[Quantized], optimizer: torch.optim.Optimizer | None, ema: WeightAverage | None
     ) -> dict[str, float]:
         events = super()._update_all(batch, optimizer, ema)
-        self.updates += 1
+        self._count.advance(self.updates)
         self._draw()
         return events
 
