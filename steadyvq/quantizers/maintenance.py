@@ -128,8 +128,7 @@ class EMA(Maintenance):
         """Splits the count of each source between it and its copy."""
         self.counts[src] /= 2
         self.counts[dst] = self.counts[src]
-        rows = torch.cat([dst, src])
-        self.sums[rows] = table[rows] * self._smoothed()[rows, None]
+        self.rows_moved(torch.cat([dst, src]), table)
 
     def rows_moved(self, rows: Tensor, table: Tensor) -> None:
         """Goes on from the new places with the counts as they are."""
