@@ -437,7 +437,7 @@ def test_a_run_stopped_within_an_epoch_and_resumed_with_other_workers(damaged, t
 def test_memory_is_the_default_and_has_no_feed(photos):
     task = TokenizerTask(resolve(tiny_recipe(photos)))
     assert task.feed is None
-    assert task.state_dict().keys() == {"probe"}
+    assert task.state_dict().keys() == {"probe", "monitor"}
     with pytest.raises(ValueError, match=r"data.workers is -1"):
         resolve(tiny_recipe(photos), ["data.workers=-1"])
     with pytest.raises(ValueError, match=r"data.epoch_samples is null"):

@@ -47,7 +47,8 @@ class CodeAges:
         tokens: Tokens seen (0-d).
         window: Hits since the last row of the log.
         peak: The most codes that were alive at once.
-        marks: The codes along one fixed direction (K,), at the last look; a number for each is enough to see one jump.
+        marks: The codes along one fixed direction (K,), at the last look; a number for each is enough to see one jump. None
+            while no codes are dying.
         revived: Dead codes that were moved by other means than learning, in each of the last `MEMORY` looks.
     """
 
@@ -58,7 +59,7 @@ class CodeAges:
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.window = UsageMeter(num_codes, device)
         self.peak = 0
-        self.marks = torch.full((num_codes,), torch.nan, dtype=torch.float64, device=device)
+        self.marks: Tensor | None = None
         self.revived: list[int] = []
 
     def count(self, indices: Tensor) -> None:
@@ -90,7 +91,7 @@ class CodeAges:
         if died > DYING / 3:
             self._see_jumps(table(), young[AGES.index(IDLE_HITS)])
         else:
-            self.marks.fill_(torch.nan)
+            self.marks = None
             self.revived = []
         shares = [count / self.num_codes for count in counts]
         between = [b - a for a, b in itertools.pairwise([0.0, *shares])]
@@ -107,10 +108,11 @@ class CodeAges:
     def _see_jumps(self, table: Tensor, alive: Tensor) -> None:
         """Counts dead codes that went farther since the last look than those that learn, and not by a trifle."""
         direction = torch.randn(table.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        marks = (table.detach() @ direction.to(table)).double().to(self.marks.device)
-        moved, known, self.marks = (marks - self.marks).abs(), not bool(self.marks.isnan().any()), marks
-        if not known:
+        marks = (table.detach() @ direction.to(table)).double().to(self.last.device)
+        before, self.marks = self.marks, marks
+        if before is None:
             return
+        moved = (marks - before).abs()
         usual = moved[alive].median() if bool(alive.any()) else moved.new_zeros(())
         jumped = ~alive & (moved > JUMP * usual) & (moved > JUMP_OF_SPREAD * marks.std())
         self.revived = [*self.revived, int(jumped.sum())][-MEMORY:]
@@ -124,15 +126,21 @@ class CodeAges:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, for a checkpoint."""
-        state = {"last": self.last.clone(), "tokens": self.tokens.clone(), "window": self.window.counts.clone()}
-        return {**state, "peak": self.peak, "marks": self.marks.clone(), "revived": list(self.revived)}
+        return {
+            "last": self.last.clone(),
+            "tokens": self.tokens.clone(),
+            "window": self.window.counts.clone(),
+            "peak": self.peak,
+            "marks": None if self.marks is None else self.marks.clone(),
+            "revived": list(self.revived),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`."""
         self.last.copy_(state["last"])
         self.tokens.copy_(state["tokens"])
         self.window.load_state({"counts": state["window"]})
-        self.marks.copy_(state["marks"])
+        self.marks = None if state["marks"] is None else state["marks"].to(self.last.device, copy=True)
         self.peak, self.revived = int(state["peak"]), [int(count) for count in state["revived"]]
 
 
