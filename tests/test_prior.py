@@ -265,7 +265,7 @@ def test_it_learns_32_grids_by_heart(stored, tmp_path):
     """Cross-entropy below 0.05 nats, and every class draws its own grid again."""
     changes = {
         "prior": {"label_dropout": 0.0, "dropout": 0.0, "weight_decay": 0.0},
-        "optim": {"lr": 5e-3, "ema_decay": 0.0},
+        "optim": {"lr": 5e-3, "decay": "cosine", "ema_decay": 0.0},
     }
     length = {"epochs": 350, "batch_size": 32, "eval_every": 350, "checkpoint_every": 350}
     config = resolve(recipe(stored / "small", **length, **changes))
@@ -281,9 +281,10 @@ def test_it_learns_32_grids_by_heart(stored, tmp_path):
     labels = torch.from_numpy(tokens.labels.astype(np.int64))
     assert len(set(tokens.labels.tolist())) == 32
     with torch.no_grad():
-        assert float(prior.model(wanted, labels).mean()) < 0.05
+        nats = prior.model(wanted, labels)
+    assert float(nats.mean()) < 0.05
     greedy = sample_tokens(prior.model, labels, 0, range(32), SamplingConfig(temperature=0.0))
-    assert torch.equal(greedy, wanted)
+    assert torch.equal(greedy, wanted), f"{(greedy != wanted).sum()} tokens differ, largest -log p {nats.max():.3f}"
     assert prior.tokenizer_hash == tokenizer_hash(tokens.tokenizer())
 
 
