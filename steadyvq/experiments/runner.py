@@ -225,17 +225,23 @@ class Experiment:
         from steadyvq.experiments.pages import as_html, as_markdown, plots
 
         record, out = self.record(), self.out
-        text = json.dumps(record, indent=1, allow_nan=False)
         pictures: Sequence[Path] = ()
         if self.study.draw is not None:
             folders = {cell: job.path for cell, job in self.jobs.items() if job.result() is not None}
             pictures = self.study.draw(out / "plots", folders)
-        files = {RECORD: text + "\n", "experiment.md": as_markdown(self.study, record)}
+        files = {RECORD: as_text(record), "experiment.md": as_markdown(self.study, record)}
         files["experiment.html"] = as_html(self.study, record, pictures)
         files |= {f"plots/{name}.svg": svg for name, svg in plots(self.study, record).items()}
         for name, content in files.items():
             write_text(out / name, content)
         return [out / name for name in files] + list(pictures)
+
+
+def as_text(record: Mapping[str, Any]) -> str:
+    """A record as JSON, every cell on a line of its own."""
+    head = json.dumps({**record, "cells": []}, indent=1, allow_nan=False)
+    cells = ",\n".join(json.dumps(cell, allow_nan=False, separators=(",", ":")) for cell in record["cells"])
+    return head.removesuffix("[]\n}") + f"[\n{cells}\n]\n}}\n"
 
 
 def read_results(record: Mapping[str, Any]) -> Results:
