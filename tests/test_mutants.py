@@ -28,7 +28,8 @@ REGISTERED = {
     "loss": [*LOSSES, *bits.LOSSES],
     "estimator": ESTIMATORS,
     "assignment": ASSIGNMENTS,
-    "maintenance": MAINTENANCE,
+    # Experiments register what only they need.
+    "maintenance": [name for name, part in MAINTENANCE.items() if part.__module__.startswith("steadyvq.quantizers.")],
     "codebook": CODEBOOKS,
     "preset": steadyvq.list_quantizers(),
 }
