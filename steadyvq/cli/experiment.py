@@ -4,6 +4,8 @@
 import argparse
 from pathlib import Path
 
+import yaml
+
 from steadyvq.cli import FAILED, INTERRUPTED
 from steadyvq.cli.common import check_output, say, table
 from steadyvq.experiments.runner import Experiment
@@ -20,7 +22,12 @@ def experiment(arguments: argparse.Namespace) -> int:
     study = study_of(arguments.name)
     out: Path = arguments.out or Path("runs") / "experiments" / f"{study.name}-{arguments.profile}"
     check_output(out, folder=True)
-    plan = Experiment(study, arguments.profile, arguments.seeds or study.seeds, out)
+    cells: Path | None = arguments.cells or (None if arguments.out else out.parent / "cells")
+    seeds = study.seeds if arguments.seeds is None else arguments.seeds
+    plan = Experiment(study, arguments.profile, seeds, out, cells, arguments.data)
+    if arguments.dry_run:
+        print(yaml.safe_dump(plan.described(), sort_keys=False, width=120), end="")
+        return 0
     say(f"{len(plan.plans)} arms, {plan.seeds} seed(s): {len(plan.missing())} of {len(plan.jobs)} cells to do")
     try:
         plan.run(arguments.workers)

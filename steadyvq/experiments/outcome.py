@@ -3,7 +3,9 @@
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from steadyvq.experiments.verdict import final_record
 from steadyvq.metrics import ImageQuality
 from steadyvq.models import Tokenizer
 from steadyvq.training.run import RunFolder
-from steadyvq.training.tokenizer_task import evaluation_crops, load_photographs, quantizer_of
+from steadyvq.training.tokenizer_task import evaluation_crops, photographs_of, quantizer_of
 
 REPORTED = ("psnr", "ssim", "l1", "utilization", "ceiling", "perplexity", "relative_error", "tokens")
 CURVES = {"utilization": "eval", "psnr": "eval", "drift": "probe", "drift_rms": "probe", "churn": "probe"}
@@ -21,6 +23,9 @@ DIGITS = 5
 SETTLED = 0.95
 
 Point = tuple[int, float]
+
+photographs_once = lru_cache(maxsize=1)(photographs_of)
+"""The photographs of a run; its process decodes them once for training and for measuring."""
 
 
 def outcome(path: Path) -> dict[str, Any]:
@@ -34,6 +39,7 @@ def outcome(path: Path) -> dict[str, Any]:
     }
     found["of_ceiling"] = round(metrics["utilization"] / metrics["ceiling"], DIGITS)
     found["steps_to_95"] = steps_to(curves["utilization"])
+    found |= {f"mean_{name}": mean_of(curves[name]) for name in ("drift", "drift_rms", "churn")}
     found["config_hash"] = RunFolder.open(path).config.hash()
     return found | {"photographs": {"psnr": psnr_by_photograph(path)}, "curves": curves}
 
@@ -42,6 +48,11 @@ def points(log: Sequence[dict[str, Any]], kind: str, name: str) -> list[Point]:
     """A number of the log over steps."""
     rows = [row for row in log if row["kind"] == kind and isinstance(row.get(name), int | float)]
     return [(int(row["step"]), round(float(row[name]), DIGITS)) for row in rows]
+
+
+def mean_of(curve: Sequence[Point]) -> float | None:
+    """Mean of a curve's values; None without any."""
+    return round(mean(value for _, value in curve), DIGITS) if curve else None
 
 
 def steps_to(curve: Sequence[Point], share: float = SETTLED) -> int | None:
@@ -53,7 +64,7 @@ def steps_to(curve: Sequence[Point], share: float = SETTLED) -> int | None:
 def psnr_by_photograph(path: Path) -> dict[str, float]:
     """PSNR of the last saved tokenizer of a run on its held-out crops, mean over the crops of each photograph."""
     run = RunFolder.open(path)
-    crops = evaluation_crops(run.config, load_photographs(run.config))
+    crops = evaluation_crops(run.config, photographs_once(run.config.data))
     tokenizer = Tokenizer.from_pretrained(run.tokenizer, quantizer=quantizer_of(run.config)).eval()
     quality, start = ImageQuality(), 0
     for images in crops.batches(run.config.batch_size):

@@ -32,7 +32,7 @@ from steadyvq.quantizers.names import coupling
 from steadyvq.report import code_map, picture_grid
 from steadyvq.training.adversary import DISCRIMINATOR, LOSS, NOT_FINITE, Adversary
 from steadyvq.training.average import WeightAverage
-from steadyvq.training.config import RunConfig
+from steadyvq.training.config import DataConfig, RunConfig
 from steadyvq.training.evaluation import evaluate, record_of
 from steadyvq.training.latent_loss import LATENT, RECONSTRUCTION, LatentLoss
 from steadyvq.training.processes import launched
@@ -92,7 +92,11 @@ def build_adversary(config: RunConfig, tokenizer: Tokenizer) -> Adversary | None
 
 def load_photographs(config: RunConfig) -> Collection | ImageSource:
     """The photographs of a configuration: decoded, or on disk where they are streamed."""
-    data = config.data
+    return photographs_of(config.data)
+
+
+def photographs_of(data: DataConfig) -> Collection | ImageSource:
+    """See `load_photographs`."""
     return open_photographs(data.source, data.streaming, data.crop_size, data.max_side, data.test_fraction)
 
 
@@ -196,17 +200,28 @@ class TokenizerTask(Task):
         return self.tokenizer if self.adversary is None or objective == OBJECTIVE else self.adversary.critic
 
     def optimizer(self, objective: str) -> Optimizer:
-        """Adam with a group of its own for a trainable codebook."""
+        """Adam with a group of its own for a trainable codebook, and for an encoder with a rate of its own."""
         optim = self.config.optim
         if self.adversary is not None and objective == DISCRIMINATOR:
             return self.adversary.optimizer(optim.lr, optim.betas, optim.eps)
         own = codebook_parameters(self.quantizer)
-        rest = [p for p in self.tokenizer.parameters() if all(p is not q for q in own)]
-        groups: list[dict[str, Any]] = [{"params": rest, "lr": optim.lr, "eps": optim.eps}]
+        apart = self._encoder_group()
+        grouped = {id(p) for p in (*own, *(p for group in apart for p in group["params"]))}
+        rest = [p for p in self.tokenizer.parameters() if id(p) not in grouped]
+        groups: list[dict[str, Any]] = [{"params": rest, "lr": optim.lr, "eps": optim.eps}, *apart]
         if own:
             eps = optim.eps if optim.codebook_eps is None else optim.codebook_eps
             groups.append({"params": own, "lr": optim.codebook_lr, "eps": eps})
         return Adam(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]))
+
+    def _encoder_group(self) -> list[dict[str, Any]]:
+        """The encoder's group of the optimiser, where its rate is not that of all."""
+        optim = self.config.optim
+        if optim.encoder_lr is None and optim.encoder_decay is None:
+            return []
+        moved = [p for module in self.tokenizer.parts()["encoder"] for p in module.parameters()]
+        lr = optim.lr if optim.encoder_lr is None else optim.encoder_lr
+        return [{"params": moved, "lr": lr, "eps": optim.eps, "decay": optim.encoder_decay}]
 
     def batch(self, epoch: int, positions: range) -> Tensor:
         """Crops at these positions of an epoch, (B, 3, S, S) in [-1, 1]."""
