@@ -19,6 +19,9 @@ Settings = Mapping[str, Any]
 EPOCH = 20
 """Steps of an epoch of the profile `tiny`, after each of which drift and churn are measured."""
 
+EVALUATIONS = 5
+"""Evaluations of a run of the profile `tiny`; each costs as much as ten steps."""
+
 VQ: Values = {"quantizer": {"name": "vq"}}
 """The plain codebook; its start is that of VQGAN, U(-1/K, 1/K)."""
 REPLACEMENT: Values = {"quantizer": {"name": "vq", "options": {"maintenance": {"replace": {}}}}}
@@ -60,7 +63,7 @@ def profiles(steps: int = 200, full: str = "nsvq_celeba128", **changes: Any) -> 
     tiny = {
         "data": {"eval_split": "test", "epoch_samples": 8 * EPOCH, "eval_crops": 128},
         "epochs": steps // EPOCH,
-        "eval_every": max(1, steps // EPOCH // 10),
+        "eval_every": max(1, steps // EPOCH // EVALUATIONS),
         "checkpoint_every": 100,
     }
     small = {

@@ -8,7 +8,6 @@ from steadyvq.experiments.claims import Claim, Decision, Results, above, below, 
 from steadyvq.experiments.closed import (
     DATA_INIT,
     NSVQ,
-    REPLACEMENT,
     VQ,
     ahead,
     close,
@@ -22,7 +21,7 @@ from steadyvq.experiments.study import OUTCOME, ArmPlan, Measure, Study
 
 FACTORS = (0.1, 0.5, 1.0, 5.0, 10.0)
 SOURCE = "arXiv 2606.11363, Fig. 2 (read off)"
-GROUPS = {"vq": [VQ], "vq, data start": [VQ, DATA_INIT], "nsvq": [NSVQ], "replacement": [REPLACEMENT]}
+GROUPS = {"vq": [VQ], "vq, data start": [VQ, DATA_INIT], "nsvq": [NSVQ]}
 
 
 def names(group: str) -> list[str]:
@@ -36,8 +35,6 @@ def arms(settings: Mapping[str, Any]) -> Mapping[str, ArmPlan]:
         name: trained(settings, *changes, encoder_rate(settings, factor))
         for group, changes in GROUPS.items()
         for name, factor in zip(names(group), FACTORS, strict=True)
-        # The control needs the ends alone.
-        if group != "replacement" or factor in (0.1, 1.0, 10.0)
     }
 
 
@@ -73,7 +70,7 @@ STUDY = Study(
     question="Does use of the codebook fall as the encoder moves faster, and does protection hold it?",
     protocol=(
         "{size} The encoder's learning rate is 0.1, 0.5, 1, 5 and 10 times that of the decoder. Protection is the "
-        "non-stationary loss with replacement; controls are codes placed on data without protection, and replacement alone. "
+        "non-stationary loss with replacement; the control is codes placed on data, without protection. "
         "Drift is that of the latents of 32 held-out crops from one epoch to the next, mean over epochs."
     ),
     profiles=profiles(200),
