@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from steadyvq.data import EvaluationCrops
 from steadyvq.experiments.verdict import final_record
 from steadyvq.metrics import ImageQuality
 from steadyvq.models import Tokenizer
@@ -31,7 +32,7 @@ photographs_once = lru_cache(maxsize=1)(photographs_of)
 def outcome(path: Path) -> dict[str, Any]:
     """The final evaluation of a run, PSNR by photograph, curves, and the steps to 95 % of its final use."""
     metrics = final_record(path).metrics
-    log = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+    log = read_log(path)
     curves = {name: points(log, kind, name) for name, kind in CURVES.items()}
     found: dict[str, Any] = {name: round(float(metrics[name]), DIGITS) for name in REPORTED}
     found |= {
@@ -42,6 +43,11 @@ def outcome(path: Path) -> dict[str, Any]:
     found |= {f"mean_{name}": mean_of(curves[name]) for name in ("drift", "drift_rms", "churn")}
     found["config_hash"] = RunFolder.open(path).config.hash()
     return found | {"photographs": {"psnr": psnr_by_photograph(path)}, "curves": curves}
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's log."""
+    return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
 
 
 def points(log: Sequence[dict[str, Any]], kind: str, name: str) -> list[Point]:
@@ -60,14 +66,20 @@ def steps_to(curve: Sequence[Point], share: float = SETTLED) -> int | None:
     return next((step for step, value in curve if value >= share * curve[-1][1]), None)
 
 
-@torch.no_grad()
-def psnr_by_photograph(path: Path) -> dict[str, float]:
-    """PSNR of the last saved tokenizer of a run on its held-out crops, mean over the crops of each photograph."""
+def tokenizer_and_crops(path: Path) -> tuple[Tokenizer, EvaluationCrops, int]:
+    """The last saved tokenizer of a run, the held-out crops that it was judged on, and the batch size."""
     run = RunFolder.open(path)
     crops = evaluation_crops(run.config, photographs_once(run.config.data))
     tokenizer = Tokenizer.from_pretrained(run.tokenizer, quantizer=quantizer_of(run.config)).eval()
+    return tokenizer, crops, run.config.batch_size
+
+
+@torch.no_grad()
+def psnr_by_photograph(path: Path) -> dict[str, float]:
+    """PSNR of the last saved tokenizer of a run on its held-out crops, mean over the crops of each photograph."""
+    tokenizer, crops, batch_size = tokenizer_and_crops(path)
     quality, start = ImageQuality(), 0
-    for images in crops.batches(run.config.batch_size):
+    for images in crops.batches(batch_size):
         made = tokenizer(images)[0].clamp(-1, 1).float()
         quality.update(images, made, crops.photographs[start : start + len(images)])
         start += len(images)

@@ -96,18 +96,19 @@ class CellJob:
         arm = Arm(replace(config, title=self.path.name), self.path, self.command)
         if not (info.is_file() and json.loads(info.read_text())["status"] == "done"):
             arm.run()
-        found = outcome(self.path) | (plan.measure(self.path) if plan.measure else {})
+        found = merge(outcome(self.path), plan.measure(self.path) if plan.measure else {})
         return found, float(json.loads(info.read_text())["seconds"])
 
 
 def run_config(plan: Trained, seed: int) -> RunConfig:
-    """The configuration of a training run, without where it starts from."""
+    """The configuration of a training run; where it starts from is only the name of an arm."""
     recipe = dict(read_recipe(plan.recipe))
     chosen = plan.settings.get("quantizer", {}).get("name")
     if chosen and chosen != recipe.get("quantizer", {}).get("name"):
         # Options are those of the method that the recipe is for.
         recipe["quantizer"] = {**recipe["quantizer"], "options": {}}
-    return resolve(merge(merge(recipe, dict(plan.settings)), {"seed": seed}))
+    started = {} if plan.start is None else {"init_from": plan.start}
+    return resolve(merge(merge(recipe, dict(plan.settings)), {"seed": seed, **started}))
 
 
 def with_data(plan: ArmPlan, data: str | None) -> ArmPlan:
