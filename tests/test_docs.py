@@ -15,8 +15,11 @@ from conftest import tiny_recipe
 from foreign import save_taming
 from runs import environment
 
+from steadyvq.cli import build_parser
 from steadyvq.experiments import tables
 from steadyvq.experiments.arms import arm_configs
+from steadyvq.experiments.runner import Experiment
+from steadyvq.experiments.study import study_of
 from steadyvq.training.config import read_recipe, recipe_names
 
 ROOT = Path(__file__).parent.parent
@@ -104,6 +107,11 @@ def test_every_command_runs(photos, steadyvq_command, tmp_path):
         elif words[1] == "transplant":
             more = ["--set", "batch_size=8", "--set", "quantizer.init_samples=16", "--set", "data.crop_size=32"]
             done = steadyvq_command(*words[1:], *sets, *more, cwd=folder)
+        elif words[1] == "experiment" and "--list" not in words:
+            given = build_parser().parse_args(words[1:])
+            study = study_of(given.name)
+            assert Experiment(study, given.profile, given.seeds or study.seeds, given.out or folder / "e").jobs
+            continue  # they take minutes; tests/test_experiments.py runs small ones
         elif words[1] == "train" and "--resume" not in words:
             extra = [] if "--out" in words else ["--out", f"runs/{len(seen)}"]
             done = steadyvq_command(*words[1:], *sets, *extra, cwd=folder)

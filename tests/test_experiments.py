@@ -3,8 +3,13 @@
 
 import json
 import math
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
@@ -218,3 +223,19 @@ def test_the_command_refuses_what_is_not_there(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["experiment", "toy-drift", "--out", str(tmp_path / "file")]) == 2
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.slow
+def test_an_interrupted_experiment_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "-m", "steadyvq", "experiment", "two-samples", "--seeds", "1", "--out", "e"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 100
+    while not any((tmp_path / "e" / "cells").glob("*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "go on with: steadyvq experiment two-samples" in said
+    assert not list(tmp_path.glob("e/cells/*/result.json"))

@@ -22,6 +22,7 @@ import torch
 
 import steadyvq
 from steadyvq.experiments.arms import Arm, arm_configs, is_done, train_arms
+from steadyvq.experiments.verdict import final_record
 from steadyvq.files import write_atomically, write_text
 from steadyvq.metrics import to_uint8
 from steadyvq.models import Tokenizer
@@ -79,8 +80,8 @@ def recheck(path: Path) -> dict[str, float]:
 def result(arm: Arm) -> dict[str, Any]:
     """The final evaluation of a run, with its recheck."""
     run = RunFolder.open(arm.path)
-    record = json.loads(max((arm.path / "evaluations").glob("step-*.json")).read_text())
-    metrics = {**record["metrics"], "of_ceiling": record["metrics"]["utilization"] / record["metrics"]["ceiling"]}
+    metrics = final_record(arm.path).metrics
+    metrics = {**metrics, "of_ceiling": metrics["utilization"] / metrics["ceiling"]}
     info = json.loads((arm.path / "run.json").read_text())
     return {
         "arm": run.config.title,

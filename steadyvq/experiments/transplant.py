@@ -19,6 +19,7 @@ import torch
 
 import steadyvq
 from steadyvq.experiments.arms import Arm, is_done, train_arms
+from steadyvq.experiments.verdict import final_record
 from steadyvq.files import write_text
 from steadyvq.training.config import read_recipe, resolve
 from steadyvq.training.run import RunFolder
@@ -51,7 +52,7 @@ def transplant_arm(source: Arm, name: str, sets: list[str]) -> Arm:
 def result(arm: Arm) -> dict[str, Any]:
     """The final evaluation of a run."""
     run = RunFolder.open(arm.path)
-    metrics = json.loads(max((arm.path / "evaluations").glob("step-*.json")).read_text())["metrics"]
+    metrics = final_record(arm.path).metrics
     info = json.loads((arm.path / "run.json").read_text())
     return {
         "arm": run.config.title,

@@ -75,6 +75,9 @@ class Maintenance(nn.Module, ABC):
     def rows_set(self, table: Tensor) -> None:
         """Is told that the whole table was placed anew."""
 
+    def rows_moved(self, rows: Tensor, table: Tensor) -> None:
+        """Is told that the codes `rows` were moved to where they now are in `table`."""
+
     def check(self, codes: Codebook) -> None:
         """Raises ValueError if this maintenance cannot work on that codebook."""
 
@@ -125,6 +128,10 @@ class EMA(Maintenance):
         self.counts[src] /= 2
         self.counts[dst] = self.counts[src]
         rows = torch.cat([dst, src])
+        self.sums[rows] = table[rows] * self._smoothed()[rows, None]
+
+    def rows_moved(self, rows: Tensor, table: Tensor) -> None:
+        """Goes on from the new places with the counts as they are."""
         self.sums[rows] = table[rows] * self._smoothed()[rows, None]
 
     def _smoothed(self) -> Tensor:
