@@ -42,7 +42,7 @@ FROZEN: Values = {"frozen": ["encoder"], "weights": {"ns": 0.0, "commitment": 0.
 RATES = {"simvq": {"optim": {"lr": 8e-3}}}
 """Rates that differ from the quickstart's (codebook 3e-2, all else 2e-3, best for vq, nsvq and ema): docs/evidence.md."""
 RATES_TEXT = (
-    "Rates are those that were best on the `val` scenes (the search in this page, 1,000 steps); vq's and nsvq's, which are "
+    "Rates are those that were best on the `val` scenes (docs/evidence.md, 1,000 steps); vq's and nsvq's, which are "
     "the same, where an arm was not searched."
 )
 
@@ -139,12 +139,6 @@ def at_least(arm: str, measure: str, limit: float) -> Callable[[Results], Decisi
     """Decides whether a measure of an arm is above a limit."""
     label, form, scale = FORMS[measure]
     return lambda r: above(one_each(r.values(arm, measure)), limit, f"{label} of `{arm}`", form, scale)
-
-
-def at_most(arm: str, measure: str, limit: float) -> Callable[[Results], Decision]:
-    """Decides whether a measure of an arm is below a limit."""
-    label, form, scale = FORMS[measure]
-    return lambda r: below(one_each(r.values(arm, measure)), limit, f"{label} of `{arm}`", form, scale)
 
 
 def close(arms: Sequence[str], measure: str, within: float) -> Callable[[Results], Decision]:

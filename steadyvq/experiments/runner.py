@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,13 @@ class CellJob:
 
     def result(self) -> dict[str, Any] | None:
         """What it found, or None while it has not been run."""
-        file = self.path / RESULT
-        return json.loads(file.read_text()) if file.is_file() else None
+        return json.loads(self._file.read_text()) if self._file.is_file() else None
+
+    @property
+    def _file(self) -> Path:
+        """Where its result is; experiments that share a run may measure it differently."""
+        measure = self.plan.measure if isinstance(self.plan, Trained) else None
+        return self.path / (RESULT if measure is None else f"result-{measure.__name__}.json")
 
     def run(self) -> None:
         """Computes or trains, and writes the result."""
@@ -87,7 +93,7 @@ class CellJob:
             found = self._train(self.plan)
         seconds = round(time.process_time() - started, 1)
         facts = {"key": self.key, "commit": source_commit(), "seconds": seconds}
-        write_text(self.path / RESULT, json.dumps({**facts, "found": found}, allow_nan=False) + "\n")
+        write_text(self._file, json.dumps({**facts, "found": found}, allow_nan=False) + "\n")
 
     def _train(self, plan: Trained) -> dict[str, Any]:
         from steadyvq.experiments.outcome import outcome
@@ -103,9 +109,13 @@ class CellJob:
         return merge(outcome(self.path), plan.measure(self.path) if plan.measure else {})
 
 
+recipe_once = lru_cache(maxsize=8)(read_recipe)
+"""A recipe; a plan of a hundred cells reads it once."""
+
+
 def run_config(plan: Trained, seed: int) -> RunConfig:
     """The configuration of a training run; where it starts from is only the name of an arm."""
-    recipe = dict(read_recipe(plan.recipe))
+    recipe = dict(recipe_once(plan.recipe))
     chosen = plan.settings.get("quantizer", {}).get("name")
     if chosen and chosen != recipe.get("quantizer", {}).get("name"):
         # Options are those of the method that the recipe is for.

@@ -91,9 +91,9 @@ def experiment_table(name: str) -> str:
 
 def _not_run(study: Study) -> list[str]:
     """The cells of an experiment without a record, with the time that it would take."""
-    plan = Experiment(study, "tiny", study.seeds, Path("runs") / "nowhere")
+    plan = Experiment(study, "tiny", 1, Path("runs") / "nowhere")
     expected = plan.expected_seconds()
-    time = "-" if expected is None else f"expected: {duration(expected)}"
+    time = "-" if expected is None else f"expected: {duration(expected * study.seeds)}"
     return ["not run yet", f"{len(plan.plans)} arms, {study.seeds} seeds", time]
 
 
