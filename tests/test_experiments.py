@@ -220,6 +220,8 @@ def test_the_command_refuses_what_is_not_there(tmp_path, capsys):
     assert main(["experiment"]) == 2
     assert "--list" in capsys.readouterr().err
     assert main(["experiment", "toy-drift", "--seeds", "0", "--out", str(tmp_path / "o")]) == 2
+    assert "--seeds is 0" in capsys.readouterr().err
+    assert main(["experiment", "toy-drift", "--workers", "0", "--out", str(tmp_path / "o")]) == 2
     (tmp_path / "file").write_text("")
     assert main(["experiment", "toy-drift", "--out", str(tmp_path / "file")]) == 2
     assert not (tmp_path / "o").exists()

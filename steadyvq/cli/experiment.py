@@ -22,8 +22,10 @@ def experiment(arguments: argparse.Namespace) -> int:
     study = study_of(arguments.name)
     out: Path = arguments.out or Path("runs") / "experiments" / f"{study.name}-{arguments.profile}"
     check_output(out, folder=True)
-    cells: Path | None = arguments.cells or (None if arguments.out else out.parent / "cells")
     seeds = study.seeds if arguments.seeds is None else arguments.seeds
+    if arguments.workers is not None and arguments.workers < 1:
+        raise ValueError(f"--workers is {arguments.workers}, but the work needs at least 1 process")
+    cells: Path | None = arguments.cells or (None if arguments.out else out.parent / "cells")
     plan = Experiment(study, arguments.profile, seeds, out, cells, arguments.data)
     if arguments.dry_run:
         print(yaml.safe_dump(plan.described(), sort_keys=False, width=120), end="")
