@@ -252,8 +252,6 @@ def test_a_dry_run_prints_all_settings_and_writes_nothing(tmp_path, capsys, monk
 
 TRAINED = [
     ("phases", "all phases"),
-    ("phases", "GAN straight after the freeze"),
-    ("phases", "no NS"),
     ("dynamics", "nsvq, all phases"),
     ("qualitative", "nsvq"),
     ("sensitivity", "weight 0.5, calibrated"),
@@ -261,10 +259,8 @@ TRAINED = [
     ("freeze-controls", "ema, freeze"),
     ("freeze-time", "plateau"),
     ("components", "placebo"),
-    ("components", "neither + freeze"),
     ("causes", "data start, slow codes, encoder x5"),
     ("table1", "fsq"),
-    ("table1", "lfq"),
     ("table1", "vqgan_lc"),
     ("table1", "simvq + NS + freeze"),
     ("annealing", "fvq, annealed"),
