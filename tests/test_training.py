@@ -602,6 +602,7 @@ ADDED = {
         "adaptive": False,
         "rectifier": 0,
     },
+    "optim": {"encoder_lr": None, "encoder_decay": None},
 }
 
 

@@ -4,6 +4,8 @@
 import argparse
 from pathlib import Path
 
+import yaml
+
 from steadyvq.cli import FAILED, INTERRUPTED
 from steadyvq.cli.common import check_output, say, table
 from steadyvq.experiments.runner import Experiment
@@ -23,7 +25,11 @@ def experiment(arguments: argparse.Namespace) -> int:
     seeds = study.seeds if arguments.seeds is None else arguments.seeds
     if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers is {arguments.workers}, but the work needs at least 1 process")
-    plan = Experiment(study, arguments.profile, seeds, out)
+    cells: Path | None = arguments.cells or (None if arguments.out else out.parent / "cells")
+    plan = Experiment(study, arguments.profile, seeds, out, cells, arguments.data)
+    if arguments.dry_run:
+        print(yaml.safe_dump(plan.described(), sort_keys=False, width=120), end="")
+        return 0
     say(f"{len(plan.plans)} arms, {plan.seeds} seed(s): {len(plan.missing())} of {len(plan.jobs)} cells to do")
     try:
         plan.run(arguments.workers)

@@ -143,14 +143,14 @@ def _work(job: Job, tell: "Connection[str, str]") -> None:
 def _fit(arm: Arm) -> None:
     """Trains an arm in this process, or goes on with it."""
     from steadyvq.experiments.memory import PeakMemory
+    from steadyvq.experiments.outcome import photographs_once
     from steadyvq.training.loop import Engine
-    from steadyvq.training.photographs import load_photographs
     from steadyvq.training.run import RunFolder
     from steadyvq.training.tokenizer_task import TokenizerTask
 
     run = RunFolder(arm.path, arm.config)
     begun = run.log_path.is_file()
-    photographs = load_photographs(arm.config)
+    photographs = photographs_once(arm.config.data)
     memory = PeakMemory()
     engine = Engine(TokenizerTask(arm.config, photographs), run, resume=begun, quiet=True)
     if not begun:

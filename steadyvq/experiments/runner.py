@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from steadyvq.training.strict import merge
 
 RESULT = "result.json"
 RECORD = "experiment.json"
+STEP_SECONDS, RUN_SECONDS = 0.05, 6.0
+"""About what a step of 8 crops of 32x32 takes on one core, and what begins, evaluates and measures a run."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,13 @@ class CellJob:
 
     def result(self) -> dict[str, Any] | None:
         """What it found, or None while it has not been run."""
-        file = self.path / RESULT
-        return json.loads(file.read_text()) if file.is_file() else None
+        return json.loads(self._file.read_text()) if self._file.is_file() else None
+
+    @property
+    def _file(self) -> Path:
+        """Where its result is; experiments that share a run may measure it differently."""
+        measure = self.plan.measure if isinstance(self.plan, Trained) else None
+        return self.path / (RESULT if measure is None else f"result-{measure.__name__}.json")
 
     def run(self) -> None:
         """Computes or trains, and writes the result."""
@@ -85,7 +93,7 @@ class CellJob:
             found = self._train(self.plan)
         seconds = round(time.process_time() - started, 1)
         facts = {"key": self.key, "commit": source_commit(), "seconds": seconds}
-        write_text(self.path / RESULT, json.dumps({**facts, "found": found}, allow_nan=False) + "\n")
+        write_text(self._file, json.dumps({**facts, "found": found}, allow_nan=False) + "\n")
 
     def _train(self, plan: Trained) -> dict[str, Any]:
         from steadyvq.experiments.outcome import outcome
@@ -94,15 +102,33 @@ class CellJob:
         if plan.start is not None:
             config = replace(config, init_from=str((self.inputs[plan.start]).resolve()))
         info = self.path / "run.json"
-        arm = Arm(replace(config, title=self.arm), self.path, self.command)
+        # Not the arm, which another experiment that goes on with this run may call otherwise.
+        arm = Arm(replace(config, title=self.path.name), self.path, self.command)
         if not (info.is_file() and json.loads(info.read_text())["status"] == "done"):
             arm.run()
-        return outcome(self.path) | (plan.measure(self.path) if plan.measure else {})
+        return merge(outcome(self.path), plan.measure(self.path) if plan.measure else {})
+
+
+recipe_once = lru_cache(maxsize=8)(read_recipe)
+"""A recipe; a plan of a hundred cells reads it once."""
 
 
 def run_config(plan: Trained, seed: int) -> RunConfig:
-    """The configuration of a training run, without where it starts from."""
-    return resolve(merge(merge(read_recipe(plan.recipe), dict(plan.settings)), {"seed": seed}))
+    """The configuration of a training run; where it starts from is only the name of an arm."""
+    recipe = dict(recipe_once(plan.recipe))
+    chosen = plan.settings.get("quantizer", {}).get("name")
+    if chosen and chosen != recipe.get("quantizer", {}).get("name"):
+        # Options are those of the method that the recipe is for.
+        recipe["quantizer"] = {**recipe["quantizer"], "options": {}}
+    started = {} if plan.start is None else {"init_from": plan.start}
+    return resolve(merge(merge(recipe, dict(plan.settings)), {"seed": seed, **started}))
+
+
+def with_data(plan: ArmPlan, data: str | None) -> ArmPlan:
+    """An arm on other photographs; what is computed stays as it is."""
+    if data is None or isinstance(plan, Computed):
+        return plan
+    return replace(plan, settings=merge(plan.settings, {"data": {"source": data}}))
 
 
 def fresh_run(folder: Path, config: RunConfig) -> RunFolder:
@@ -129,17 +155,23 @@ class Experiment:
         profile: Its size.
         seeds: How many seeds: 0, 1, ...
         out: The folder.
+        cells: Where cells are kept (None: in `out`); experiments that share it share cells.
+        data: Photographs of training runs (None: as their recipes say).
 
     Raises:
         ValueError: There is no such profile, or the folder cannot be made. Nothing was written.
     """
 
-    def __init__(self, study: Study, profile: str, seeds: int, out: Path) -> None:
+    def __init__(
+        self, study: Study, profile: str, seeds: int, out: Path, cells: Path | None = None, data: str | None = None
+    ) -> None:
         if seeds < 1:
             raise ValueError(f"--seeds is {seeds}, but an experiment needs at least 1 (and 3 for a verdict)")
-        check_place(out / "cells")
+        self._cells = cells or out / "cells"
+        self._options = (["--cells", str(cells)] if cells else []) + (["--data", data] if data else [])
+        check_place(self._cells)
         self.study, self.profile, self.seeds, self.out = study, profile, seeds, out
-        self.plans = study.arms(study.settings(profile))
+        self.plans = {arm: with_data(plan, data) for arm, plan in study.arms(study.settings(profile)).items()}
         self.jobs: dict[tuple[str, int], CellJob] = {}
         for seed in range(seeds):
             for arm in self.plans:
@@ -153,15 +185,46 @@ class Experiment:
             needed = {name: self._job(name, seed) for name in plan.needs}
             key = _key(plan, seed, {name: job.key for name, job in needed.items()})
             inputs = {name: job.path for name, job in needed.items()}
-            path = self.out / "cells" / f"{arm}-{seed}-{key[:8]}"
-            self.jobs[arm, seed] = CellJob(arm, plan, seed, key, path, inputs, self.command)
+            self.jobs[arm, seed] = CellJob(arm, plan, seed, key, self._place(arm, seed, key), inputs, self.command)
         return self.jobs[arm, seed]
+
+    def _place(self, arm: str, seed: int, key: str) -> Path:
+        """The folder of a cell, which may be there under the name that another experiment gives the arm."""
+        found = sorted(self._cells.glob(f"*-{seed}-{key}"))
+        return found[0] if found else self._cells / f"{arm}-{seed}-{key}"
 
     @property
     def command(self) -> str:
         """The command that makes the experiment, or goes on with it."""
         words = ["steadyvq", "experiment", self.study.name, "--profile", self.profile, "--seeds", str(self.seeds)]
-        return shlex.join([*words, "--out", str(self.out)])
+        return shlex.join([*words, "--out", str(self.out), *self._options])
+
+    def described(self) -> dict[str, Any]:
+        """What would be run, as plain data: every arm with its recipe, what differs from it, and its steps."""
+        arms: dict[str, Any] = {}
+        for (arm, seed), job in self.jobs.items():
+            if seed == 0:
+                plan = job.plan
+                made = {"recipe": plan.recipe} if isinstance(plan, Trained) else {"function": plan.run.__qualname__}
+                arms[arm] = {**made, "needs": list(plan.needs), "steps": job.steps, "settings": plan.settings}
+        cells = {"all": len(self.jobs), "to_do": len(self.missing())}
+        plain = {
+            "experiment": self.study.name,
+            "profile": self.profile,
+            "seeds": self.seeds,
+            "cells": cells,
+            "arms": arms,
+        }
+        described: dict[str, Any] = json.loads(json.dumps(plain))
+        return described
+
+    def expected_seconds(self) -> float | None:
+        """Roughly the processor time of the profile `tiny`; None where arms are computed, of which nothing is known."""
+        if not all(isinstance(job.plan, Trained) for job in self.jobs.values()):
+            return None
+        configs = [run_config(job.plan, job.seed) for job in self.jobs.values() if isinstance(job.plan, Trained)]
+        steps = sum(c.epochs * c.steps_per_epoch * (c.data.crop_size / 32) ** 2 for c in configs)
+        return STEP_SECONDS * steps + RUN_SECONDS * len(configs)
 
     def missing(self) -> list[CellJob]:
         """Cells that have no result yet."""

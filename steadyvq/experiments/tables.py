@@ -22,7 +22,8 @@ from steadyvq.experiments.doctor_tables import confusion_table, cost_table, warn
 from steadyvq.experiments.markdown import markdown
 from steadyvq.experiments.pages import claims_and_arms, duration
 from steadyvq.experiments.recipes import recipe_table, size_table
-from steadyvq.experiments.study import studies, study_of
+from steadyvq.experiments.runner import Experiment
+from steadyvq.experiments.study import Study, studies, study_of
 from steadyvq.experiments.verdict import comparison_table, notes
 from steadyvq.quantizers import methods
 
@@ -89,11 +90,19 @@ def experiment_table(name: str) -> str:
     return claims_and_arms(study_of(name), evidence(f"experiments/{name}"))
 
 
+def _not_run(study: Study) -> list[str]:
+    """The cells of an experiment without a record, with the time that it would take."""
+    plan = Experiment(study, "tiny", 1, Path("runs") / "nowhere")
+    expected = plan.expected_seconds()
+    time = "-" if expected is None else f"expected: {duration(expected * study.seeds)}"
+    return ["not run yet", f"{len(plan.plans)} arms, {study.seeds} seeds", time]
+
+
 def experiments_table() -> str:
     """Every experiment: what it asks, and what its record says and took."""
     rows, seconds = [], 0.0
     for name, study in studies().items():
-        cells = ["not recorded", "-", "-"]
+        cells = _not_run(study)
         if name in recorded_experiments():
             record = evidence(f"experiments/{name}")
             seconds += record["seconds"]

@@ -115,7 +115,9 @@ class OptimConfig:
         lr: Learning rate of encoder, decoder and codebook transforms.
         codebook_lr: Learning rate of a free codebook; Adam moves a code by about this much per step, so it is a
             length in latent space.
+        encoder_lr: Learning rate of the encoder (None: `lr`).
         decay: How all learning rates fall over the run: `constant`, `linear` or `cosine`.
+        encoder_decay: How that of the encoder falls (None: as all).
         warmup_steps: Steps over which they rise linearly from 0 first.
         hold: Fraction of the run, warm-up included, after which they begin to fall.
         final: What they are multiplied by at the end of the run.
@@ -128,7 +130,9 @@ class OptimConfig:
 
     lr: float = 1e-3
     codebook_lr: float = 1e-3
+    encoder_lr: float | None = None
     decay: Literal["constant", "linear", "cosine"] = "constant"
+    encoder_decay: Literal["constant", "linear", "cosine"] | None = None
     warmup_steps: int = 0
     hold: float = 0.0
     final: float = 0.0
@@ -143,6 +147,11 @@ class OptimConfig:
             raise ValueError(f"optim.betas is {list(self.betas)}, but Adam needs two numbers, such as [0.9, 0.99]")
         if self.lr <= 0 or self.codebook_lr <= 0:
             raise ValueError(f"optim.lr={self.lr} and codebook_lr={self.codebook_lr}, but learning rates are positive")
+        if self.encoder_lr is not None and self.encoder_lr <= 0:
+            raise ValueError(
+                f"optim.encoder_lr is {self.encoder_lr}, but a learning rate is positive; a stage with `frozen: [encoder]` "
+                "holds the encoder still"
+            )
         if not all(0 <= beta < 1 for beta in self.betas) or self.eps <= 0 or (self.codebook_eps or self.eps) <= 0:
             raise ValueError(
                 f"optim.betas={list(self.betas)}, eps={self.eps}, codebook_eps={self.codebook_eps}, but Adam needs betas in "
@@ -296,15 +305,16 @@ class RunConfig:
             if getattr(owner, key) != default:
                 raise ValueError(f"{name} is set, but it means nothing to the task {self.task!r}: leave it out")
 
-    def lr_factor(self, step: int) -> float:
-        """What all learning rates are multiplied by in a step (0-based): warm-up, then the decay."""
+    def lr_factor(self, step: int, decay: str | None = None) -> float:
+        """What learning rates are multiplied by in a step (0-based): warm-up, then the decay (None: `optim.decay`)."""
+        decay = decay or self.optim.decay
         if step < self.optim.warmup_steps:
             return (step + 1) / self.optim.warmup_steps
-        if self.optim.decay == "constant":
+        if decay == "constant":
             return 1.0
         total = self.epochs * self.steps_per_epoch
         fallen = max(0.0, step / total - self.optim.hold) / (1 - self.optim.hold)
-        shape = 1 - fallen if self.optim.decay == "linear" else 0.5 * (1 + math.cos(math.pi * fallen))
+        shape = 1 - fallen if decay == "linear" else 0.5 * (1 + math.cos(math.pi * fallen))
         return self.optim.final + (1 - self.optim.final) * shape
 
     @property

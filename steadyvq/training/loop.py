@@ -222,7 +222,7 @@ class Engine:
                 continue
             optimizer = self.optimizers[name]
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * self.config.lr_factor(self.step)
+                group["lr"] = group["initial_lr"] * self.config.lr_factor(self.step, group.get("decay"))
             found = self.stepper.gradient(name, model, optimizer, batches, earlier, tuple(stop.asked))
             # In several processes only what all of them know of: a signal may have reached some after the sum.
             asked = found.added if self.processes.count > 1 else asked

@@ -4,6 +4,7 @@
 import dataclasses
 import types
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -105,10 +106,14 @@ def _tuple(kind: Any, value: Any, where: str) -> tuple[Any, ...]:
     return tuple(_convert(kind, item, f"{where}[{i}]") for i, item in enumerate(value))
 
 
+type_hints = cache(get_type_hints)
+"""Evaluating annotations is most of the time of reading a configuration."""
+
+
 def _dataclass(cls: type, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise _wrong(where or "the configuration", value, "a mapping")
-    hints = get_type_hints(cls)
+    hints = type_hints(cls)
     known = {field.name: field for field in dataclasses.fields(cls)}
     built = {}
     for key, item in value.items():

@@ -177,17 +177,28 @@ class TokenizerTask(Task):
         return self.tokenizer if self.adversary is None or objective == OBJECTIVE else self.adversary.critic
 
     def optimizer(self, objective: str) -> Optimizer:
-        """Adam with a group of its own for a trainable codebook."""
+        """Adam with a group of its own for a trainable codebook, and for an encoder with a rate of its own."""
         optim = self.config.optim
         if self.adversary is not None and objective == DISCRIMINATOR:
             return self.adversary.optimizer(optim.lr, optim.betas, optim.eps)
         own = codebook_parameters(self.quantizer)
-        rest = [p for p in self.tokenizer.parameters() if all(p is not q for q in own)]
-        groups: list[dict[str, Any]] = [{"params": rest, "lr": optim.lr, "eps": optim.eps}]
+        apart = self._encoder_group()
+        grouped = {id(p) for p in (*own, *(p for group in apart for p in group["params"]))}
+        rest = [p for p in self.tokenizer.parameters() if id(p) not in grouped]
+        groups: list[dict[str, Any]] = [{"params": rest, "lr": optim.lr, "eps": optim.eps}, *apart]
         if own:
             eps = optim.eps if optim.codebook_eps is None else optim.codebook_eps
             groups.append({"params": own, "lr": optim.codebook_lr, "eps": eps})
         return Adam(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]))
+
+    def _encoder_group(self) -> list[dict[str, Any]]:
+        """The encoder's group of the optimiser, where its rate is not that of all."""
+        optim = self.config.optim
+        if optim.encoder_lr is None and optim.encoder_decay is None:
+            return []
+        moved = [p for module in self.tokenizer.parts()["encoder"] for p in module.parameters()]
+        lr = optim.lr if optim.encoder_lr is None else optim.encoder_lr
+        return [{"params": moved, "lr": lr, "eps": optim.eps, "decay": optim.encoder_decay}]
 
     def batch(self, epoch: int, positions: range) -> Tensor:
         """Crops at these positions of an epoch, (B, 3, S, S) in [-1, 1]."""
