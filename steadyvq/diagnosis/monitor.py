@@ -271,7 +271,6 @@ class Monitor:
         """Everything that later rows depend on; tensors and plain data."""
         return {
             "steps": self.steps,
-            "forwards": self.forwards,
             "row": {name: self.row[name] for name in ("step",) if name in self.row},
             "warned": dict(self.warned),
             "ages": self._loaded if self.ages is None else self.ages.state_dict(),
@@ -284,7 +283,7 @@ class Monitor:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict()`."""
-        self.steps, self.forwards = int(state["steps"]), int(state["forwards"])
+        self.steps = int(state["steps"])
         self.row, self.warned = dict(state["row"]), dict(state["warned"])
         self._loaded = dict(state["ages"])
         if self.ages is not None and self._loaded:
