@@ -2,6 +2,7 @@
 """`steadyvq transplant` and `steadyvq train --train`: which weights move, and which do not move by a bit."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -13,6 +14,8 @@ from runs import assert_same, log, state
 
 from steadyvq.cli import main
 from steadyvq.data import open_photographs
+from steadyvq.experiments.tables import evidence
+from steadyvq.experiments.transplant import first_arms, gaps
 from steadyvq.interop import export_tokenizer
 from steadyvq.models import AutoencoderConfig, Tokenizer, save_autoencoder
 from steadyvq.models.rectifier import Rectifier
@@ -328,3 +331,17 @@ class TestPartialTraining:
         (sentence,) = (line for line in told.splitlines() if line.startswith("steadyvq"))
         assert message in sentence
         assert not (tmp_path / "runs").exists()
+
+
+def test_the_record_is_of_the_settings_of_today(tmp_path):
+    """Three seeds, from commits, of configurations that the recipe still gives, within the 0.3 dB that the bar is."""
+    record = evidence("transplant")
+    runs = {(run["arm"], run["seed"]): run for run in record["runs"]}
+    assert set(runs) == {(arm, seed) for arm in ("source", "scratch", "transplant") for seed in (0, 1, 2)}
+    for seed in range(3):
+        for arm in first_arms(tmp_path, seed, epochs=5):
+            assert runs[arm.config.title, seed]["config_hash"] == arm.config.hash()
+        assert 4 * runs["transplant", seed]["steps"] == runs["scratch", seed]["steps"]
+    assert all(re.fullmatch(r"[0-9a-f]{40}", run["commit"]) for run in record["runs"])
+    assert record["gap_db"] == {"transplant": gaps(record["runs"], "transplant")}
+    assert all(gap > -0.3 for gap in record["gap_db"]["transplant"])

@@ -114,6 +114,21 @@ def experiments_table() -> str:
     return markdown(["experiment", "question", "claims", "profile `tiny`", "one core"], rows)
 
 
+def transplant_table() -> str:
+    """PSNR and use of a source, its rival from scratch and the transplant, seed by seed."""
+    record = evidence("transplant")
+    runs = {(run["arm"], run["seed"]): run for run in record["runs"]}
+    arms = ("source", "scratch", *record["gap_db"])
+    rows = []
+    for seed in sorted({seed for _, seed in runs}):
+        own = [runs[arm, seed] for arm in arms]
+        shown = [f"{run['psnr']:.2f} dB, {run['utilization']:.0%} used" for run in own]
+        gaps = [f"{run['psnr'] - own[1]['psnr']:+.2f}" for run in own[2:]]
+        rows.append([str(seed), *shown, *gaps])
+    heads = [f"{run['arm']}, K = {run['num_codes']:,}, {run['steps']} steps" for run in own]
+    return markdown(["seed", *heads, *(f"{arm} less scratch, dB" for arm in arms[2:])], rows)
+
+
 DEMO_ARMS = {
     "vq": "vq-uniform-lr3e-2",
     "nsvq": "nsvq-lr3e-2",
@@ -161,6 +176,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "collapse": partial(arms_table, "collapse"),
     "tuning": partial(arms_table, "tuning"),
+    "transplant": transplant_table,
     "doctor": lambda: confusion_table(evidence("doctor")["runs"]),
     "monitor-warnings": lambda: warnings_table(evidence("doctor")["runs"]),
     "monitor-cost": lambda: cost_table(evidence("monitor_cost")),
