@@ -3,6 +3,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,11 @@ from steadyvq.training.checkpoint import latest_checkpoint, load_checkpoint
 
 TOYS = Path(__file__).with_name("toys.py")
 SECONDS = 120
+
+
+def heed_interrupts() -> None:
+    """For `preexec_fn`: what a shell starts in the background ignores Ctrl-C, and so would all that tests start in turn."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def environment(rank: int, processes: int, port: int | None = None) -> dict[str, str]:

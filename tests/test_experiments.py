@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import tiny_recipe
+from runs import heed_interrupts
 
 from steadyvq.cli import main
 from steadyvq.experiments import tables
@@ -231,7 +232,12 @@ def test_the_command_refuses_what_is_not_there(tmp_path, capsys):
 def test_an_interrupted_experiment_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "steadyvq", "experiment", "two-samples", "--seeds", "1", "--out", "e"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=heed_interrupts,
     )
     deadline = time.monotonic() + 100
     while not any((tmp_path / "e" / "cells").glob("*")) and time.monotonic() < deadline:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import tiny_recipe
 from PIL import Image
+from runs import heed_interrupts
 
 from steadyvq.cli import main
 from steadyvq.data import EvaluationCrops, load_collection, open_source
@@ -166,7 +167,12 @@ def test_interrupted_drawing_goes_on(run, tmp_path):
     words = ["sample", str(run), "--num", "40", "--batch", "2", "--out"]
     command = [sys.executable, "-m", "steadyvq", *words, str(tmp_path / "cut")]
     started = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        preexec_fn=heed_interrupts,
     )
     while not (tmp_path / "cut" / "000001.png").is_file() and started.poll() is None:
         pass
