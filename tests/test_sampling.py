@@ -231,7 +231,7 @@ class TestBadInput:
         assert "no class 'c'" in self.refused(capsys, *words, "--class", "c")
         assert "0 < top_p <= 1" in self.refused(capsys, *words, "--top-p", "0")
         assert "must be at least 1" in self.refused(capsys, "sample", run, "--out", tmp_path / "x", "--num", "0")
-        assert "holds no prior" in self.refused(capsys, "sample", tmp_path, "--out", tmp_path / "x")
+        assert "give the run of a prior" in self.refused(capsys, "sample", tmp_path, "--out", tmp_path / "x")
         assert main([str(word) for word in words]) == 0
         assert "differs in seed" in self.refused(capsys, *words, "--seed", "1")
         assert "differs in classes" in self.refused(capsys, *words, "--class", "b")

@@ -64,7 +64,10 @@ def load_prior(folder: Path) -> TrainedPrior:
         ValueError: There is none, or it is damaged.
     """
     if not (folder / FACTS).is_file():
-        raise ValueError(f"{folder} holds no prior (no {FACTS}): let the run train to its first evaluation")
+        raise ValueError(
+            f"{folder} holds no prior (no {FACTS}): give the run of a prior (`steadyvq train ar_tiny --data TOKENS`) that has "
+            "trained to its first evaluation"
+        )
     facts = read_json(folder / FACTS)
     config = from_dict(PriorConfig, facts["config"], "prior")
     model = AutoregressivePrior(config, facts["vocabulary"], tuple(facts["grid"]), facts["num_classes"])

@@ -174,7 +174,9 @@ def _load(path: Path) -> Any:
                 f"{path} names the Python object {name}, which is not on the list of what is left out, and nothing that a "
                 "file names is run here: save the tensors of its state_dict with safetensors where it was made"
             ) from error
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        # What torch advises after this, to load without the check, is never the right advice for a file of others.
+        reason = "it is no archive of tensors" if isinstance(error, UnpicklingError) else str(error).strip()
+        first = (reason or type(error).__name__).splitlines()[0][:200]
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({first}): give a .safetensors or torch.save file"
         ) from error

@@ -90,8 +90,14 @@ class _Rows(Codebook):
         return self.base
 
     def set_rows_(self, rows: Tensor) -> None:
-        """Refused."""
-        raise NotImplementedError
+        """Refused.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "set_rows_ cannot place the codes of a table that is cut among processes: load a whole state into the quantizer"
+        )
 
 
 class ShardedQuantizer(Quantizer):
