@@ -64,7 +64,7 @@ STUDY = Study(
         "{size} The freeze holds the encoder still for the last fifth, without the non-stationary loss, commitment and "
         "replacement; cosine decay of all rates in every arm. The placebo hands the loss's weights to other latents."
     ),
-    profiles=profiles(200),
+    profiles=profiles(400),
     arms=arms,
     claims=(
         Claim(
