@@ -2,12 +2,13 @@
 """Photographs: folders, shards, other data sets and the built-in one; reproducible training crops, fixed evaluation crops."""
 
 from steadyvq.data.addresses import absolute_address, short_name
+from steadyvq.data.built_in import BUILT_IN
 from steadyvq.data.collection import Collection, load_collection
 from steadyvq.data.crops import CropDataset, CropRule
 from steadyvq.data.decode import decode_image, load_image, to_float
 from steadyvq.data.evaluation import CropSource, EvaluationCrops
 from steadyvq.data.feed import CropFeed, Request, usable_workers
-from steadyvq.data.mvtb import BUILT_IN, Scene, mvtb_scenes
+from steadyvq.data.mvtb import Scene, mvtb_scenes
 from steadyvq.data.sharding import ShardWriter, verify_shards
 from steadyvq.data.sources import ImageSource, always_streamed, open_photographs, open_source
 from steadyvq.data.stream import StreamedCrops

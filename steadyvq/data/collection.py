@@ -11,8 +11,8 @@ from pathlib import Path
 from jaxtyping import UInt8
 from torch import Tensor
 
+from steadyvq.data.built_in import BUILT_IN
 from steadyvq.data.decode import decode_image
-from steadyvq.data.mvtb import mvtb_files
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 """File name endings, in any letter case, that make a file a candidate."""
@@ -106,8 +106,8 @@ def load_collection(
             not installed, or the photographs need more memory than ``max_bytes``.
     """
     names, images, skipped = _read(image_files(data), str(data), min_side, max_side, max_bytes)
-    if str(data) == "mvtb":
-        split_of = {name: split for name, _, split in mvtb_files()}
+    if str(data) in BUILT_IN:
+        split_of = {name: split for name, _, split in BUILT_IN[str(data)]()}
         return Collection(str(data), names, images, tuple(split_of[name] for name in names), skipped)
     return Collection(str(data), names, images, split_by_name(names, val_fraction, test_fraction), skipped)
 
@@ -125,8 +125,8 @@ def image_files(data: str | Path) -> list[tuple[str, Path]]:
         ValueError: The folder is missing or holds no image file, or the package of the built-in photographs is not
             installed.
     """
-    if str(data) == "mvtb":
-        return [(name, path) for name, path, _ in mvtb_files()]
+    if str(data) in BUILT_IN:
+        return [(name, path) for name, path, _ in BUILT_IN[str(data)]()]
     folder = existing_folder(data)
     return [(name, folder / name) for name in image_names(folder)]
 

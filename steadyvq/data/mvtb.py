@@ -13,9 +13,6 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-BUILT_IN = "mvtb"
-"""What names the built-in photographs where a folder could stand."""
-
 
 @dataclass(frozen=True)
 class Scene:

@@ -20,8 +20,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
+from steadyvq.data.built_in import BUILT_IN
 from steadyvq.data.decode import decode_image
-from steadyvq.data.mvtb import mvtb_files
 from steadyvq.data.names import PackedNames
 from steadyvq.data.shards import (
     FORMAT,
@@ -95,7 +95,8 @@ class ShardWriter:
         self.folder, self.check, self.threads = Path(out), check, threads
         self.store: FolderStore = folder_store(data)
         # The splits of the built-in photographs are known by scene; as folders at the top they stay with the files.
-        splits = [f"{split}/" for _, _, split in mvtb_files()] if str(data) == "mvtb" else [""] * len(self.store)
+        own = BUILT_IN.get(str(data))
+        splits = [f"{split}/" for _, _, split in own()] if own else [""] * len(self.store)
         self.names = PackedNames(map(str.__add__, splits, self.store.names))
         names = "\0".join(self.names).encode("utf-8", "surrogateescape")
         self.plan = {

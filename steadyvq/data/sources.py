@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steadyvq.data.addresses import HUB, parse_address
+from steadyvq.data.built_in import BUILT_IN
 from steadyvq.data.collection import (
     SINGLE,
     Collection,
@@ -27,7 +28,6 @@ from steadyvq.data.collection import (
 from steadyvq.data.crops import uniforms
 from steadyvq.data.decode import decode_image
 from steadyvq.data.hub import list_hub
-from steadyvq.data.mvtb import mvtb_files
 from steadyvq.data.names import SPLITS, Listing, PackedNames, Store, classes_of, split_by_folder
 from steadyvq.data.shards import ShardStore, is_shard_set
 from steadyvq.data.tarsets import list_tars
@@ -63,10 +63,10 @@ def folder_store(data: str | Path) -> FolderStore:
         ValueError: The folder is missing or holds no image file, or the package of the built-in photographs is not
             installed.
     """
-    if str(data) != "mvtb":
+    if str(data) not in BUILT_IN:
         folder = existing_folder(data)
         return FolderStore(folder, image_names(folder))
-    files = mvtb_files()
+    files = BUILT_IN[str(data)]()
     name, path, _ = files[0]
     return FolderStore(path.parents[name.count("/")], [name for name, _, _ in files])
 
@@ -221,8 +221,10 @@ def _listing(data: str | Path) -> Listing:
         return list_hub(address) if address.kind == HUB else list_tars(address)
     store: Store = ShardStore(data) if is_shard_set(data) else folder_store(data)
     names = store.names[:]
-    if str(data) == "mvtb":
-        return Listing(store, tuple(split for _, _, split in mvtb_files()), (), np.full(len(names), -1, np.int32))
+    if str(data) in BUILT_IN:
+        return Listing(
+            store, tuple(split for _, _, split in BUILT_IN[str(data)]()), (), np.full(len(names), -1, np.int32)
+        )
     return Listing(store, split_by_folder(names), *classes_of(names))
 
 

@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from steadyvq.data import BUILT_IN
 from steadyvq.experiments.arms import Arm, check_place, is_done, train_arms
 from steadyvq.experiments.verdict import Failure, Finding, Row, Trial, as_json, as_markdown, final_psnr, ranked
 from steadyvq.files import write_text
@@ -61,7 +60,7 @@ class Settings:
 
     out: Path
     methods: Sequence[str] | None = None
-    data: str = BUILT_IN
+    data: str = "mvtb"
     seeds: int = 3
     budget: str = "tiny"
     sets: Sequence[str] = ()

@@ -9,23 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from steadyvq.quantizers import Assignment, Quantizer, compose
+from steadyvq.quantizers import Quantizer, compose
 from steadyvq.quantizers.methods import vq
-
-
-class HandedThrough:
-    """An estimator whose value in training is the latent itself."""
-
-    own_value = True
-
-    def __call__(self, a: Assignment) -> Tensor:
-        """The latents (N, d)."""
-        return a.z
 
 
 def unquantized(num_codes: int, dim: int, **overrides: Any) -> Quantizer:
     """A plain codebook that training passes by."""
-    parts = {**vq.PARTS, "losses": {}, "estimator": HandedThrough()}
+    parts = {**vq.PARTS, "losses": {}, "estimator": "unquantized"}
     return compose(num_codes, dim, parts, overrides)

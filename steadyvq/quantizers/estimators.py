@@ -53,8 +53,22 @@ def _direction(rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(norm > 0, rows / torch.where(norm > 0, norm, 1.0), 0.0), norm
 
 
+class Unquantized:
+    """z_q is z itself in training: encoder and decoder learn as an autoencoder, codes nothing from the reconstruction.
+
+    For the first stage of a run, which a codebook does not hold back, and to begin from a converged autoencoder.
+    """
+
+    own_value = True
+
+    def __call__(self, assignment: Assignment) -> Tensor:
+        """The latents (N, d)."""
+        return assignment.z
+
+
 ESTIMATORS: dict[str, Callable[[Assignment], Tensor]] = {
     "straight_through": straight_through,
     "direct": direct,
     "rotation": rotation,
+    "unquantized": Unquantized(),
 }

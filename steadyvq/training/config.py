@@ -23,7 +23,7 @@ from steadyvq.training.stages import Stage
 from steadyvq.training.strict import assignments, from_dict, merge, read_yaml
 
 SMALLEST_CROP = 11
-ADDED_TO_STAGES = ("ramp",)
+ADDED_TO_STAGES = ("ramp", "place")
 FROZEN_BY = {"all": (), "decoder": ("encoder", "quantizer"), "codebook": ("encoder", "decoder")}
 """By `train`, the parts that it freezes in every stage."""
 
@@ -432,7 +432,7 @@ def resolve(
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The configuration with absolute paths, so that a run means the same from every working directory."""
     source, name = config.data.source, config.quantizer.name
-    if source != BUILT_IN:
+    if source not in BUILT_IN:
         source = absolute_address(source)
     file, colon, function = name.rpartition(":")
     if file.endswith(".py"):

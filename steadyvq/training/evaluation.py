@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation of a tokenizer on held-out photographs: numbers with provenance, code counts, pictures."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Evaluation:
         reconstructions: What the tokenizer made of them.
         tokens: Their indices, as `Tokenizer.encode` gives them.
         protocol: How the metrics were computed, in one sentence.
+        by_photograph: PSNR and LPIPS of every photograph, mean over its crops.
     """
 
     metrics: dict[str, Any]
@@ -46,6 +47,7 @@ class Evaluation:
     reconstructions: UInt8[Tensor, "B 3 H W"]
     tokens: Int[Tensor, "B ..."]
     protocol: str = PROTOCOL
+    by_photograph: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -114,7 +116,8 @@ def evaluate(
     metrics |= sets.metrics()
     protocol = PROTOCOL + (LPIPS_PROTOCOL if perceptual else "") + sets.protocol()
     originals, reconstructions, tokens = (torch.cat(images) for images in zip(*shown, strict=True))
-    return Evaluation(metrics, meter.counts, originals, reconstructions, tokens, protocol)
+    single = {name: found.by_photograph for name, found in {"psnr": report.psnr, **report.others}.items()}
+    return Evaluation(metrics, meter.counts, originals, reconstructions, tokens, protocol, single)
 
 
 def _eight_bits(images: Tensor, reconstruction: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -268,6 +268,13 @@ class Engine:
         trained = {name: self.task.trained(name) for name in self.task.objectives}
         self._active = {n: module for n, module in trained.items() if any(p.requires_grad for p in module.parameters())}
 
+    def _begin_stage(self) -> None:
+        """What the task does once as a stage begins, with the same effect in every process."""
+        optimizers = {name: optimizer.optimizer for name, optimizer in self.optimizers.items()}
+        # Everybody does the same to the same: quantizers must not put together what several processes were given.
+        with self.processes.alone(self.task.module):
+            self.task.begin_stage(self.schedule, optimizers, self.average)
+
     def _trained(self) -> list[str]:
         """Names of the parts that the present stage trains."""
         parts = self.task.parts().items()
@@ -321,6 +328,7 @@ class Engine:
         if not last and self.schedule.step(done, self.config.epochs, watched):
             self._enter_stage()
             self._align(set(self.schedule.stage.frozen))
+            self._begin_stage()
             self.processes.first(self._log_stage)
             stage, trained = self.schedule.stage, ", ".join(self._trained())
             progress.say(f"step {self.step}: stage {stage.name} ({self.schedule.reason}) trains {trained}")

@@ -18,7 +18,7 @@ The same `Schedule` drives our loop and yours:
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -71,6 +71,8 @@ class Stage:
             `straight_through` loses the reconstruction gradient in it, as in the paper; `direct` hands it to the codes.
         ramp: Epochs over which the weight of a loss that the quantizer does not own rises linearly from 0 at the stage's
             beginning, by name of the loss (`adversarial`).
+        place: Places the codes on latents of training images as the stage begins: `kmeans`, `data`, or nothing. With
+            `unquantized` as the estimator of the stage before, the codebook starts where the encoder has settled.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Stage:
     paused: tuple[str, ...] = ()
     estimator: str | None = None
     ramp: dict[str, float] = field(default_factory=dict)
+    place: Literal["", "kmeans", "data"] = ""
 
     def __post_init__(self) -> None:
         for name, epochs in self.ramp.items():

@@ -140,6 +140,15 @@ class Task(ABC):
     def on_stage(self, schedule: Schedule) -> None:  # noqa: B027
         """Applies the present stage."""
 
+    def begin_stage(self, schedule: Schedule, optimizers: Mapping[str, Optimizer], average: WeightAverage) -> None:  # noqa: B027
+        """Called once as a stage other than the first begins, after `on_stage`; not at a resume within it.
+
+        Args:
+            schedule: The stages; its present one begins.
+            optimizers: The optimiser of every objective.
+            average: The averaged weights.
+        """
+
     def check_accumulation(self) -> None:  # noqa: B027
         """Raises ValueError if, in the present stage, micro-batches do not add up to the batch."""
 

@@ -214,14 +214,18 @@ class TokenizerTask(Task):
             load_weights(self.tokenizer, Path(self.config.init_from), self.config.init_parts)
         if self.config.init_from is not None and self.config.init_parts == "all":
             return
-        if settings.init == "none":
-            return
+        if settings.init != "none":
+            self._place(settings.init)
+
+    def _place(self, method: str) -> None:
+        """Places the codes on latents of training crops, the same in every process."""
+        settings = self.config.quantizer
         device = next(self.tokenizer.parameters()).device
         count = min(settings.init_samples, len(self.train_crops))
         starts = range(0, count, self.config.batch_size)
         batches = [self.train_crops.batch(0, s, min(self.config.batch_size, count - s)) for s in starts]
         latents = torch.cat([self.tokenizer.latents(images.to(device)) for images in batches])
-        self.quantizer.init_from(latents, method=settings.init, seed=self.config.seed)
+        self.quantizer.init_from(latents, method=method, seed=self.config.seed)
 
     def begin_step(self, step: int) -> None:
         """Where the step stands in the run decides what the discriminator does and what ramps weigh."""
@@ -317,6 +321,19 @@ class TokenizerTask(Task):
         schedule.apply(self.parts(), self.quantizer, losses=LOSSES)
         encoder = self.parts()["encoder"]
         self._encoder_learns = any(p.requires_grad for part in encoder for p in part.parameters())
+
+    @torch.no_grad()
+    def begin_stage(self, schedule: Schedule, optimizers: Mapping[str, Optimizer], average: WeightAverage) -> None:
+        """Places the codes where the stage asks for it; what optimiser and average knew of them is forgotten."""
+        if not schedule.stage.place:
+            return
+        self._place(schedule.stage.place)
+        base = codebook_parameters(self.quantizer)
+        for parameter in base:
+            for value in optimizers[OBJECTIVE].state.get(parameter, {}).values():
+                if value.shape == parameter.shape:
+                    value.zero_()
+        average.align(self.quantizer)
 
     def check_accumulation(self) -> None:
         """Refuses losses that couple the latents of a batch, in any stage, and batch normalisation that couples images."""

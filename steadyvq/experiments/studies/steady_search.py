@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the preset `steady` and the rates of everybody in its contest were chosen, on the photographs of `val` alone."""
+
+from collections.abc import Callable, Mapping
+from statistics import mean
+from typing import Any
+
+from steadyvq.experiments.claims import Claim, Decision, Missing, Results, above
+from steadyvq.experiments.contest import METHODS, arm, everybody, steady
+from steadyvq.experiments.study import ArmPlan, Study, Trained, Values
+from steadyvq.training.strict import merge
+
+RATES = (2e-3, 4e-3, 8e-3)
+VARIED = 4e-3
+"""The rate at which variants of the preset were compared."""
+
+
+def variants() -> Mapping[str, Values]:
+    """The preset with one thing changed."""
+    settle, quantise = steady()["stages"]
+    consolidated = {"name": "refine", "frozen": ["encoder"], "weights": {"commitment": 0.0}, "paused": ["replace"]}
+    codes = steady()["quantizer"]
+
+    def with_maintenance(**changed: Any) -> Values:
+        own = merge(codes["options"]["maintenance"], changed)
+        return {"quantizer": {**codes, "options": {**codes["options"], "maintenance": own}}}
+
+    def settled(share: float) -> Values:
+        return {"stages": [{**settle, "until": {"at_fraction": share}}, quantise]}
+
+    until = {**quantise, "until": {"at_fraction": 0.8}}
+    return {
+        "settled for a tenth": settled(0.1),
+        "settled for half": settled(0.5),
+        "codes on data, not by k-means": {"stages": [settle, {**quantise, "place": "data"}]},
+        "patience of 30": with_maintenance(replace={"patience": 30}),
+        "no replacement": with_maintenance(replace=None),
+        "average of 100 steps": with_maintenance(ema={"decay": 0.99}),
+        "rotation trick": {"stages": [settle, {**quantise, "estimator": "rotation"}]},
+        "encoder frozen for the last fifth": {"stages": [settle, until, consolidated]},
+        "the same, codes by the decoder's gradient": {
+            "quantizer": {"name": "vq", "options": {"maintenance": {"replace": {"patience": 7}}}},
+            "stages": [settle, until, {**consolidated, "estimator": "direct"}],
+        },
+    }
+
+
+def arms(settings: Mapping[str, Any]) -> Mapping[str, ArmPlan]:
+    """Everybody at every rate; variants of the preset at one."""
+    size = {"codes": settings["codes"], "steps": settings["steps"]}
+    made: dict[str, ArmPlan] = {
+        f"{name} lr {lr:g}": arm(name, lr=lr, **size) for name in everybody() for lr in settings["rates"]
+    }
+    base = arm("steady", lr=settings["varied"], **size)
+    for name, changes in variants().items():
+        made[f"steady, {name}"] = Trained(base.recipe, _changed(base.settings, changes))
+    return made
+
+
+def _changed(base: Mapping[str, Any], changes: Values) -> Values:
+    """A configuration whose quantizer, where it changes, has the new options and nothing of the old ones."""
+    own = dict(base)
+    if "quantizer" in changes:
+        own["quantizer"] = {key: value for key, value in base["quantizer"].items() if key not in ("name", "options")}
+    return merge(own, changes)
+
+
+def best_rate(results: Results, method: str) -> float:
+    """The rate of a method with the best PSNR on `val`, mean over seeds.
+
+    Raises:
+        Missing: None has a result.
+    """
+    tried = {lr: mean(results.values(f"{method} lr {lr:g}", "psnr")) for lr in RATES}
+    return max(tried, key=lambda lr: tried[lr])
+
+
+def _ahead(better: str, worse: str) -> Callable[[Results], Decision]:
+    """Whether a method is ahead of another in PSNR on `val`, each at its best rate."""
+
+    def decide(results: Results) -> Decision:
+        first, second = (f"{name} lr {best_rate(results, name):g}" for name in (better, worse))
+        return above(results.gains(first, second, "psnr"), 0.0, f"PSNR, dB: `{first}` less `{second}`", "+.2f")
+
+    return decide
+
+
+def _any_variant(results: Results) -> Decision:
+    """Whether the best variant is ahead of the preset."""
+    base = f"steady lr {VARIED:g}"
+    found = {name: mean(results.values(name, "psnr")) for name in results.cells if name.startswith("steady, ")}
+    if not found:
+        raise Missing("no variant has a result")
+    best = max(found, key=lambda name: found[name])
+    return above(results.gains(best, base, "psnr"), 0.0, f"PSNR, dB: `{best}` less `{base}`", "+.2f")
+
+
+STUDY = Study(
+    name="steady-search",
+    title="How the preset was chosen",
+    question="Which start, codes and schedule reconstruct best at equal effort, on photographs that are not the test?",
+    protocol=(
+        "The corpus of 385 photographs (docs/steady.md), its `train` photographs to learn from and 104 crops of 32x32 of those "
+        "of `val` to choose by; the test photographs are not opened. The quickstart's autoencoder, {steps} steps of 8 crops, "
+        "K = {codes}, d = 32, cosine decay; everybody at the rates {rates}, a free codebook at 3e-2 (`fvq` at 1e-1). "
+        "Variants of the preset at {varied}."
+    ),
+    profiles={
+        "tiny": {"codes": 4096, "steps": 200, "rates": list(RATES), "varied": VARIED},
+        "small": {"codes": 4096, "steps": 2000, "rates": list(RATES), "varied": VARIED},
+        "full": {"codes": 16384, "steps": 20000, "rates": list(RATES), "varied": VARIED},
+    },
+    arms=arms,
+    claims=(
+        Claim(
+            "Settling first improves moving averages with replacement",
+            "ours",
+            _ahead("steady", "ema + k-means + replacement"),
+        ),
+        Claim("... NSVQ", "ours", _ahead("nsvq, late", "nsvq")),
+        Claim("... plain codes with replacement", "ours", _ahead("vq + replacement, late", "vq + replacement")),
+        Claim("With the same start NSVQ is ahead of the preset", "ours", _ahead("nsvq, late", "steady")),
+        *(Claim(f"The preset is ahead of `{name}`", "ours", _ahead("steady", name)) for name in METHODS),
+        Claim("A variant of the preset is ahead of it", "ours", _any_variant),
+    ),
+)
