@@ -124,3 +124,21 @@ def test_a_run_that_is_resumed_places_its_codes_once(stop, tmp_path):
     Engine(again, run, resume=True, quiet=True).fit()
     for name, value in whole.tokenizer.state_dict().items():
         assert torch.equal(value, again.tokenizer.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("method", "stages", "told"),
+    [
+        ("vq", [{"name": "joint", "place": "data"}], "set quantizer.init=data"),
+        ("fvq", [SETTLE, {"name": "quantise", "place": "kmeans"}], "codes of fvq cannot be placed on latents"),
+        ("fsq", [SETTLE, {"name": "quantise", "place": "kmeans"}], "it has no table of codes"),
+    ],
+)
+def test_a_stage_that_cannot_place_is_refused_before_training(method, stages, told):
+    stages = [{**stage, "paused": [], "weights": {}} for stage in stages]
+    size = {"fsq": {"num_codes": 240, "dim": 3}, "fvq": {"num_codes": 16, "dim": 4}}.get(
+        method, {"num_codes": 16, "dim": 4}
+    )
+    own = config("vq", stages=stages, quantizer={"name": method, **size})
+    with pytest.raises(ValueError, match=told):
+        TokenizerTask(own)

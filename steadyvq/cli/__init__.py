@@ -205,7 +205,7 @@ def _add_exchange(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 
 def _add_data(commands: "argparse._SubParsersAction[Parser]") -> None:
-    data = commands.add_parser("data", help="write and check data sets too large for memory", allow_abbrev=False)
+    data = commands.add_parser("data", help="write, check and fetch data sets", allow_abbrev=False)
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
     shard = actions.add_parser(
         "shard", help="write images into indexed tar files; run again, it goes on", allow_abbrev=False
@@ -218,6 +218,11 @@ def _add_data(commands: "argparse._SubParsersAction[Parser]") -> None:
     verify = actions.add_parser("verify", help="read every byte of a shard set again", allow_abbrev=False)
     verify.add_argument("shards", type=Path, help="the folder of the shards")
     verify.add_argument("--decode", action="store_true", help="decode every image too")
+    fetch = actions.add_parser("fetch", help="photographs for searches, from Debian's archive", allow_abbrev=False)
+    fetch.add_argument("name", choices=["corpus"], help="corpus: 385 photographs in 300 MB, mostly landscapes")
+    fetch.add_argument(
+        "--from", dest="source", type=Path, metavar="DIR", help="where the .deb files lie (default: fetch them)"
+    )
 
 
 def _add_parts(parser: Parser) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`steadyvq data shard` and `steadyvq data verify`: photographs in indexed tar files."""
+"""`steadyvq data shard`, `verify` and `fetch`: photographs in indexed tar files, and the corpus."""
 
 import argparse
 import shlex
@@ -9,6 +9,7 @@ from pathlib import Path
 from steadyvq.cli import INTERRUPTED
 from steadyvq.cli.common import check_output, say
 from steadyvq.data import ShardWriter, verify_shards
+from steadyvq.data.corpus import corpus_names, fetch_corpus
 from steadyvq.data.shards import read_index
 from steadyvq.training.progress import ProgressReport
 
@@ -17,7 +18,7 @@ SHOWN = 20
 
 def data(arguments: argparse.Namespace) -> int:
     """Runs one of the commands for data sets."""
-    return {"shard": shard, "verify": verify}[arguments.action](arguments)
+    return {"shard": shard, "verify": verify, "fetch": fetch}[arguments.action](arguments)
 
 
 def shard(arguments: argparse.Namespace) -> int:
@@ -39,6 +40,18 @@ def shard(arguments: argparse.Namespace) -> int:
         if len(written.skipped) > SHOWN:
             say(f"  and {len(written.skipped) - SHOWN} more (all of them in {written.folder / 'index.json'})")
     say(f"{written.samples} images in {written.shards} shards, {written.bytes / 1e6:.1f} MB: {written.folder}")
+    return 0
+
+
+def fetch(arguments: argparse.Namespace) -> int:
+    """Fetches the corpus of photographs, or what is missing of it."""
+    try:
+        with ProgressReport("fetch", len(corpus_names())) as progress:
+            folder = fetch_corpus(arguments.source, progress.advance_by)
+    except KeyboardInterrupt:
+        say(f"stopped; photographs that are done are kept, go on with: steadyvq {shlex.join(sys.argv[1:])}")
+        return INTERRUPTED
+    print(f"{len(corpus_names())} photographs: {folder}")
     return 0
 
 

@@ -79,7 +79,8 @@ def corpus_files(held_out: bool = False) -> list[tuple[str, Path, str]]:
         ValueError: The corpus has not been fetched, or not whole.
     """
     folder = corpus_home() / ("held-out" if held_out else "open")
-    files = sorted((n, folder / f"{n}.png", s) for n, s in _names().items() if (s == HELD_OUT) == held_out)
+    chosen = [(name, split) for name, split in sorted(corpus_names().items()) if (split == HELD_OUT) == held_out]
+    files = [(f"{name}.png", folder / f"{name}.png", split) for name, split in chosen]
     missing = [path for _, path, _ in files if not path.is_file()]
     if missing:
         raise ValueError(
@@ -117,8 +118,8 @@ def fetch_corpus(debs: Path | None = None, advance: Callable[[int], object] = la
     return corpus_home()
 
 
-def _names() -> dict[str, str]:
-    """The split of every photograph by its name in the corpus."""
+def corpus_names() -> dict[str, str]:
+    """The split of every photograph by its name in the corpus, without the ending of its file."""
     own = {f"{MVTB}/{_flat(name)}": split for name, _, split in mvtb_files()}
     return own | {name: split for package in corpus_packages() for name, split in package.names().values()}
 
@@ -131,7 +132,7 @@ def _flat(file: str) -> str:
 
 
 def _place(name: str) -> Path:
-    return corpus_home() / ("held-out" if _names()[name] == HELD_OUT else "open") / f"{name}.png"
+    return corpus_home() / ("held-out" if corpus_names()[name] == HELD_OUT else "open") / f"{name}.png"
 
 
 def _keep(name: str, source: Path | BytesIO) -> None:

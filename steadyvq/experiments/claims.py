@@ -150,6 +150,46 @@ def _resampled(samples: Samples, rng: np.random.Generator) -> np.ndarray:
     return found
 
 
+def p_value(samples: Samples, seed: int = 0) -> float:
+    """Two-sided p of a mean that would be 0: Student's t with as many degrees of freedom as there are seeds less one.
+
+    The standard error is the larger of two: that of the means of the seeds, and a bootstrap's over photographs of their means
+    over seeds.
+
+    Args:
+        samples: One list per seed; the same photographs in the same order in each, or a single number.
+        seed: Of the resampling.
+    """
+    values = np.asarray(samples, dtype=float)
+    count, photographs = values.shape
+    if count < 2:
+        return 1.0
+    errors = [values.mean(1).std(ddof=1) / math.sqrt(count)]
+    if photographs > 1:
+        drawn = np.random.default_rng(seed).integers(photographs, size=(RESAMPLES, photographs))
+        errors.append(values.mean(0)[drawn].mean(1).std())
+    error = max(errors)
+    return 1.0 if error == 0 else 2 * student_tail(abs(values.mean()) / error, count - 1)
+
+
+def student_tail(t: float, freedom: int) -> float:
+    """Probability that Student's t with so many degrees of freedom is above t >= 0: its density over atan(t / sqrt f)."""
+    angles = np.linspace(math.atan(t / math.sqrt(freedom)), math.pi / 2, 4001)
+    whole = np.linspace(0.0, math.pi / 2, 4001)
+    tail, half = (float(np.trapezoid(np.cos(x) ** (freedom - 1), x)) for x in (angles, whole))
+    return 0.5 * tail / half
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of a family of tests, corrected so that one wrong rejection among all has the stated probability (Holm 1979)."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
 def above(samples: Samples, threshold: float, what: str, form: str = ".2f", scale: float = 1.0) -> Decision:
     """Reproduced if the whole interval lies above a threshold, not if the whole lies below.
 

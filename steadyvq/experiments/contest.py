@@ -67,6 +67,10 @@ CONTROLS: Mapping[str, Values] = {"vq + replacement, late": REPLACEMENT, "nsvq, 
 """Rivals with the preset's start: what is left of its lead is its own."""
 
 
+RATES: Mapping[str, float] = dict.fromkeys(("steady", *METHODS, *CONTROLS), 4e-3)
+"""The best of three rates for each, in docs/evidence/experiments/steady-search.json."""
+
+
 @cache
 def everybody() -> Mapping[str, Values]:
     """The preset, its rivals and the controls."""

@@ -116,6 +116,7 @@ class TokenizerTask(Task):
         photographs = load_photographs(config) if photographs is None else photographs
         self.photographs = photographs
         self.tokenizer = build_tokenizer(config)
+        _check_places(config, self.quantizer)
         self.adversary = build_adversary(config, self.tokenizer)
         self.module, self.objectives = self.tokenizer, (OBJECTIVE,)
         if self.adversary is not None:
@@ -407,6 +408,24 @@ def _side_by_side(tokens: Tensor, columns: int = 8) -> Tensor:
     padded = torch.cat([padded, torch.full((empty, *padded.shape[1:]), -1, dtype=padded.dtype)])
     height, width = padded.shape[1:]
     return padded.reshape(-1, columns, height, width).movedim(2, 1).reshape(-1, columns * width)
+
+
+def _check_places(config: RunConfig, quantizer: Quantizer) -> None:
+    """Raises ValueError if a stage places codes that cannot be placed, or not as it begins."""
+    first, *later = config.planned_stages
+    if first.place:
+        raise ValueError(
+            f"stage {first.name!r} is the first and has place={first.place}: set quantizer.init={first.place}, which places "
+            "the codes before the first step"
+        )
+    placing = [stage for stage in later if stage.place]
+    tables = [module for module in quantizer.modules() if isinstance(module, VectorQuantizer)]
+    reasons = [table.codes.cannot_place for table in tables] or ["it has no table of codes"]
+    if placing and reasons[0]:
+        raise ValueError(
+            f"stage {placing[0].name!r} has place={placing[0].place}, but codes of {config.quantizer.name} cannot be placed on "
+            f"latents: {reasons[0]}; leave out `place`"
+        )
 
 
 def codebook_parameters(quantizer: Quantizer) -> list[nn.Parameter]:

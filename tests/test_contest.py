@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contest: its statistics against references, its rates against the search, its judge on a real run."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from steadyvq.experiments.claims import Results, holm, p_value, student_tail
+from steadyvq.experiments.contest import CONTROLS, METHODS, RATES, everybody
+from steadyvq.experiments.runner import run_config
+from steadyvq.experiments.studies.steady import STUDY, ahead_somewhere, arms, family, not_behind
+
+
+def test_the_tail_of_students_t_is_that_of_the_tables():
+    # Two-sided 5 % and 1 % points for 1, 4 and 9 degrees of freedom, and for 1 and 2 the closed forms.
+    for freedom, at_5, at_1 in ((1, 12.706, 63.657), (4, 2.776, 4.604), (9, 2.262, 3.250)):
+        assert 2 * student_tail(at_5, freedom) == pytest.approx(0.05, rel=1e-3)
+        assert 2 * student_tail(at_1, freedom) == pytest.approx(0.01, rel=1e-3)
+    assert student_tail(0.7, 1) == pytest.approx(0.5 - math.atan(0.7) / math.pi, rel=1e-6)
+    assert student_tail(1.3, 2) == pytest.approx(0.5 - 1.3 / (2 * math.sqrt(2 + 1.3**2)), rel=1e-6)
+
+
+def test_p_values_under_no_difference_are_even():
+    """Of many experiments without any difference about one in twenty has p < 0.05: not many more."""
+    rng = np.random.default_rng(0)
+    found = [p_value(rng.normal(size=(5, 1)).tolist()) for _ in range(2000)]
+    assert np.mean(np.array(found) < 0.05) == pytest.approx(0.05, abs=0.015)
+
+
+def test_the_spread_over_photographs_counts():
+    """Five seeds that agree to the last digit prove nothing where the photographs disagree."""
+    same = [[1.0, -1.0, 1.0, -1.0, 0.4]] * 5
+    assert p_value(same) > 0.5
+    assert p_value([[1.0 + 0.01 * i, 1.1, 0.9] for i in range(5)]) < 1e-4
+
+
+def naive_holm(p_values: list[float]) -> list[float]:
+    """The definition: of the hypotheses with a p at most as large, the largest (m - number below) p."""
+    m = len(p_values)
+    ranked = sorted(p_values)
+    return [max(min(1.0, (m - i) * ranked[i]) for i in range(m) if ranked[i] <= p) for p in p_values]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_holm_is_its_definition(seed):
+    p_values = np.random.default_rng(seed).uniform(0, 0.2, size=7).tolist()
+    assert holm(p_values) == pytest.approx(naive_holm(p_values))
+    assert all(corrected >= p for corrected, p in zip(holm(p_values), p_values, strict=True))
+
+
+def made(offsets: dict[str, float]) -> Results:
+    """Results in which the preset leads everybody by 1 dB and 0.1 LPIPS, less the offset."""
+    rng = np.random.default_rng(0)
+    settings = STUDY.settings("tiny")
+    cells: dict[str, dict[int, dict[str, object]]] = {}
+    for name in arms(settings):
+        method = name.split(",")[0] if "late" not in name else name.rsplit(", K", 1)[0]
+        lead = 0.0 if method == "steady" else 1.0 - offsets.get(method, 0.0)
+        cells[name] = {
+            seed: {
+                "photographs": {
+                    "test_psnr": {p: 20 - lead + 0.01 * rng.normal() for p in "abcd"},
+                    "test_lpips": {p: 0.3 + 0.1 * lead + 0.001 * rng.normal() for p in "abcd"},
+                }
+            }
+            for seed in range(5)
+        }
+    return Results(cells, list(cells))
+
+
+def test_the_contest_is_won_and_lost_by_the_numbers():
+    won = made({})
+    assert all(one.sure and one.gain > 0 for one in family(won, tuple(METHODS)))
+    assert len(family(won, tuple(METHODS))) == 96
+    assert not_behind("fvq")(won).verdict == "reproduced"
+    assert ahead_somewhere(won).verdict == "reproduced"
+    lost = made({"fvq": 1.5, "nsvq": 1.0})
+    assert not_behind("fvq")(lost).verdict == "not reproduced"
+    assert "behind in 12" in not_behind("fvq")(lost).found
+    assert not_behind("simvq")(lost).verdict == "reproduced"
+    assert not_behind("nsvq")(lost).verdict == "reproduced"
+    assert ahead_somewhere(lost).verdict == "undecided"
+
+
+def test_everybody_has_the_same_effort():
+    """The same photographs, autoencoder, steps, batch, decay and averages; only method, stages and the searched rates differ."""
+    plans = arms(STUDY.settings("tiny"))
+    assert len(plans) == 3 * 2 * (1 + len(METHODS)) + 2 * len(CONTROLS)
+    configs = {name: run_config(plan, 0).to_dict() for name, plan in plans.items() if "K=4096, 450" in name}
+    for first, second in itertools.pairwise(configs.values()):
+        for own in (first, second):
+            own["optim"] = {key: value for key, value in own["optim"].items() if key not in ("lr", "codebook_lr")}
+        same = [key for key in first if key not in ("quantizer", "stages", "title")]
+        assert {key: first[key] for key in same} == {key: second[key] for key in same}
+    assert set(RATES) == set(everybody())
