@@ -85,7 +85,7 @@ def test_the_contest_is_won_and_lost_by_the_numbers():
 
 
 def test_everybody_has_the_same_effort():
-    """The same photographs, autoencoder, steps, batch, decay and averages; only method, stages and the searched rates differ."""
+    """The same photographs, autoencoder, steps, batch, decay and averages; method, stages and searched rates differ."""
     plans = arms(STUDY.settings("tiny"))
     assert len(plans) == 3 * 2 * (1 + len(METHODS)) + 2 * len(CONTROLS)
     configs = {name: run_config(plan, 0).to_dict() for name, plan in plans.items() if "K=4096, 450" in name}

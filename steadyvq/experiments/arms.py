@@ -257,7 +257,7 @@ def _context() -> BaseContext:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["steadyvq.training.loop", "steadyvq.training.tokenizer_task"])
+    context.set_forkserver_preload([f"steadyvq.training.{name}" for name in ("loop", "tokenizer_task", "fabric")])
     return context
 
 

@@ -18,8 +18,8 @@ from steadyvq.experiments.held_out import open_test
 from steadyvq.experiments.outcome import DIGITS, photographs_once
 from steadyvq.experiments.study import Trained, Values
 from steadyvq.experiments.tracking import decibels, distortion_of
-from steadyvq.models import LPIPS, Tokenizer, load_lpips
-from steadyvq.models.features import FeatureNetwork, load_features
+from steadyvq.models import Tokenizer, load_lpips
+from steadyvq.models.features import load_features
 from steadyvq.quantizers import Quantized, VectorQuantizer
 from steadyvq.quantizers.initialise import lloyd
 from steadyvq.training.config import read_recipe
@@ -36,6 +36,8 @@ TOKENS = 64
 """Of a crop."""
 JUDGED = {"crop_size": 64, "count": 140}
 """Two crops of 64x64 of each test photograph."""
+FEATURES = {"crop_size": 64, "count": 70, "seeds": 3, "from_steps": 300}
+"""FD-Lite0 and KID-Lite0 cost as much as a short run: one crop of each photograph, three seeds, and the larger budget alone."""
 FITTED_CROPS = 1024
 """Training crops whose latents k-means is fitted to, for the regret."""
 
@@ -67,7 +69,19 @@ CONTROLS: Mapping[str, Values] = {"vq + replacement, late": REPLACEMENT, "nsvq, 
 """Rivals with the preset's start: what is left of its lead is its own."""
 
 
-RATES: Mapping[str, float] = dict.fromkeys(("steady", *METHODS, *CONTROLS), 4e-3)
+RATES: Mapping[str, float] = {
+    "steady": 4e-3,
+    "vq + replacement": 4e-3,
+    "ema + k-means + replacement": 2e-3,
+    "simvq": 8e-3,
+    "nsvq": 4e-3,
+    "nsvq_kernel": 4e-3,
+    "fvq": 2e-3,
+    "cvq": 4e-3,
+    "rotation": 4e-3,
+    "vq + replacement, late": 4e-3,
+    "nsvq, late": 4e-3,
+}
 """The best of three rates for each, in docs/evidence/experiments/steady-search.json."""
 
 
@@ -101,11 +115,6 @@ def arm(method: str, codes: int, steps: int, lr: float, judge: bool = False) -> 
     return Trained("quickstart", merge(common, everybody()[method]), measure=judged if judge else None)
 
 
-@cache
-def _judges() -> tuple[LPIPS, FeatureNetwork]:
-    return load_lpips("alex"), load_features("lite0")
-
-
 def judged(path: Path) -> Values:
     """What a finished run makes of the test photographs, and its regret over k-means there.
 
@@ -114,19 +123,21 @@ def judged(path: Path) -> Values:
     """
     run = RunFolder.open(path)
     tokenizer = Tokenizer.from_pretrained(run.tokenizer, quantizer=quantizer_of(run.config)).eval()
-    crops = EvaluationCrops(open_test("steady", run.config.hash()), **JUDGED)
-    lpips, features = _judges()
-    found = evaluate(tokenizer, crops, 20, [lpips], [features])
+    photographs = open_test("steady", run.config.hash())
+    crops = EvaluationCrops(photographs, **JUDGED)
+    found = evaluate(tokenizer, crops, 20, [load_lpips("alex")])
     metrics = found.metrics
     values: Values = {
         "test_psnr": metrics["psnr"],
         "test_lpips": metrics["lpips_alex"],
-        "test_fd": metrics["fd_lite0"],
-        "test_kid": metrics["kid_lite0"],
         "test_use": metrics["utilization"],
         "test_perplexity": metrics["perplexity"],
         "test_regret": regret(tokenizer, run, crops),
     }
+    if run.config.seed < FEATURES["seeds"] and run.config.epochs * EPOCH >= FEATURES["from_steps"]:
+        few = EvaluationCrops(photographs, FEATURES["crop_size"], FEATURES["count"])
+        distances = evaluate(tokenizer, few, 20, features=[load_features("lite0")]).metrics
+        values |= {"test_fd": distances["fd_lite0"], "test_kid": distances["kid_lite0"]}
     single = {f"test_{name}": found.by_photograph[key] for name, key in (("psnr", "psnr"), ("lpips", "lpips_alex"))}
     digits = {k: {name: round(v, DIGITS) for name, v in values.items()} for k, values in single.items()}
     return {**{k: round(float(v), DIGITS) for k, v in values.items()}, "photographs": digits}

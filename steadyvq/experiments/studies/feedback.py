@@ -147,20 +147,24 @@ def _behind(results: Results) -> Decision:
     return above(one_each(results.values("vq", "behind")), 1.0, "error after over before the step", ".3f")
 
 
+SLOWER = {"optim": {"final": 0.1}}
+"""A step at the rate 0 moves nothing and would be read as a method that moves nothing."""
+
 STUDY = Study(
     name="feedback",
     title="The feedback loop",
     question="Does a smaller quantisation error make gradients truer, and the encoder steadier?",
     protocol=(
-        "The quickstart recipe with K = 1,024; every {every} steps three meters are read on the batch of the step (cosine "
+        "The quickstart recipe with K = 1,024 and rates that fall to a tenth, so that the last "
+        "reading has a step; every {every} steps three meters are read on the batch of the step (cosine "
         "of the gradients at z_q and at z; error of the chosen codes after the step over before it; codes that moved) and "
         "the drift of held-out latents since the last reading. Means over the second half. Interventions: four times the "
         "codes, the rotation trick, whole-table codebooks, the NS loss, and k-means refitted every 25 steps."
     ),
     profiles={
-        "tiny": {"training": {"epochs": 2, "eval_every": 2}, "every": 20},
-        "small": {"training": {"epochs": 10, "eval_every": 10}, "every": 50},
-        "full": {"training": {"epochs": 100, "eval_every": 100}, "every": 100},
+        "tiny": {"training": {"epochs": 2, "eval_every": 2, **SLOWER}, "every": 20},
+        "small": {"training": {"epochs": 10, "eval_every": 10, **SLOWER}, "every": 50},
+        "full": {"training": {"epochs": 100, "eval_every": 100, **SLOWER}, "every": 100},
     },
     arms=arms,
     claims=(
