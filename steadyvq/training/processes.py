@@ -125,7 +125,8 @@ class Processes:
             quantizers = [name for name, part in module.named_modules() if isinstance(part, ShardedQuantizer)]
             if quantizers:
                 cut = [f"{name}.codes.base".removeprefix(".") for name in quantizers]
-                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, cut)
+                leave_out = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+                leave_out(module, cut)  # type: ignore[no-untyped-call]
         return self.fabric.setup_module(module, move_to_device=False)
 
     def connect(self, module: nn.Module) -> None:
