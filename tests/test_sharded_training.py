@@ -31,7 +31,7 @@ def rows(run: Path) -> list[dict[str, object]]:
 
 
 def assert_same_run(run: Path, whole: Path) -> None:
-    """Codes, moments, averages, temperature, idle counts, and every number of the log, through a freeze."""
+    """Codes, moments, averages, temperature, idle counts, discriminator and log, through the three stages of NSVQ."""
     assert_same(known(whole), known(run), 1e-9)
     found, expected = rows(run), rows(whole)
     assert [row.keys() for row in found] == [row.keys() for row in expected]
@@ -50,23 +50,18 @@ def whole(photos, tmp_path_factory):
 @pytest.mark.recovery
 @pytest.mark.slow
 class TestTwoProcesses:
-    def test_they_are_one(self, whole, photos, tmp_path):
-        toy("table", tmp_path / "run", photos, processes=2)
+    def test_begun_by_two_carried_on_by_one_and_ended_by_two(self, whole, photos, tmp_path):
+        """In micro-batches of unequal numbers first; killed before and after the freeze."""
+        cut = ("--set", "micro_batch_size=2")
+        toy("table", tmp_path / "run", photos, *cut, "--harm", "die", 7, processes=2, code=-9)
+        toy("table", tmp_path / "run", photos, "--resume", "--harm", "die", 12, code=-9)
+        toy("table", tmp_path / "run", photos, "--resume", processes=2)
         assert_same_run(tmp_path / "run", whole)
         train = [row for row in rows(whole) if row["kind"] == "train"]
         assert sum(row.get("vq/replaced", 0) for row in train) >= 5
-        assert [row["stage"] for row in rows(whole) if row["kind"] == "stage"] == ["joint", "refine"]
-        assert sum(row["grad_norm/tokenizer"] > 0.3 for row in train) >= 16, "clipped"
-        same = [row["vq/ns_grad_max"] for row in rows(tmp_path / "run") if "vq/ns_grad_max" in row]
-        assert same == pytest.approx([row["vq/ns_grad_max"] for row in train if "vq/ns_grad_max" in row])
-
-    def test_begun_by_two_carried_on_by_one_and_ended_by_two(self, whole, photos, tmp_path):
-        """In micro-batches of unequal numbers, killed before and after the freeze."""
-        cut = ("--set", "micro_batch_size=2")
-        toy("table", tmp_path / "run", photos, *cut, "--harm", "die", 13, processes=2, code=-9)
-        toy("table", tmp_path / "run", photos, "--resume", "--harm", "die", 20, code=-9)
-        toy("table", tmp_path / "run", photos, *cut, "--resume", processes=2)
-        assert_same_run(tmp_path / "run", whole)
+        assert [row["stage"] for row in rows(whole) if row["kind"] == "stage"] == ["joint", "warmup", "refine"]
+        assert sum(row["grad_norm/tokenizer"] > 0.3 for row in train) >= 10, "clipped"
+        assert sum("adversarial/weight" in row for row in train) >= 5
 
     def test_the_command(self, photos, tmp_path, capsys, monkeypatch):
         """Trained by two, then read by every command as the tokenizer that it is."""

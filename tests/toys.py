@@ -7,7 +7,7 @@ masked      an autoencoder of pixel patches in float64 with masks, k-means start
 fixed       a codebook on latents that do not move, in float32
 gan         two optimisers: a generator of patches against a discriminator
 adversarial the image tokenizer in float64 against a discriminator, with LeCAM, a late start and a head start
-table       the image tokenizer in float64 whose table is cut among processes, through a freeze
+table       the same with a table that is cut among processes
 recipe      the recipe nsvq_tiny in float64, smaller still: joint to a plateau, warmup, refine with its discriminator
 next_token  a recurrent model of grey levels, lines of unequal length
 """
@@ -294,25 +294,22 @@ class Adversarial(TokenizerTask):
 
 
 TABLE = {
-    "model": ADVERSARIAL["model"],
+    "data": {"epoch_samples": 45},
     "quantizer": {
         "num_codes": 33,
         "init": "data",
         "init_samples": 16,
         "sharded": True,
         "options": {
-            "maintenance": {"replace": {"patience": 1.0, "cap": 0.1}},
+            "maintenance": {"replace": {"patience": 0.5, "cap": 0.1}},
             "temperature": {"effective_losers": 4.0},
         },
     },
     "optim": {"codebook_lr": 3e-3, "grad_clip": 0.3},
+    "adversarial": {"adaptive": True},
     "batch_size": 9,
     "epochs": 4,
     "checkpoint_every": 1,
-    "stages": [
-        {"name": "joint", "until": {"max_epochs": 2}},
-        {"name": "refine", "frozen": ["encoder"], "weights": {"ns": 0.0, "commitment": 0.0}, "paused": ["replace"]},
-    ],
 }
 """33 codes and 9 crops in a step, so that halves differ; gradients are clipped in most steps, so that their norm counts."""
 
@@ -352,7 +349,7 @@ TASKS = {
 def toy_config(task, photos, sets=()):
     """60 steps of 8 crops, a freeze after 30, checkpoints at 20, 40 and 60; `recipe`: 50 steps of 9, checkpoints every 5.
 
-    `table`: 32 steps of 9, a freeze after 16, checkpoints every 8.
+    `table`: 20 steps of 9, a freeze after 10, checkpoints every 5.
     """
     if task == "recipe":
         return resolve(recipe_of(photos), sets)
@@ -378,7 +375,8 @@ def toy_config(task, photos, sets=()):
         "log_every": 1,
         "keep_checkpoints": 2,
     }
-    return resolve(merge(recipe, {"adversarial": ADVERSARIAL, "table": TABLE}.get(task, {})), sets)
+    own = {"adversarial": ADVERSARIAL, "table": merge(ADVERSARIAL, TABLE)}
+    return resolve(merge(recipe, own.get(task, {})), sets)
 
 
 def main() -> int:
