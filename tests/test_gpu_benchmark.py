@@ -36,9 +36,17 @@ def test_searches_and_losses_give_rows(monkeypatch) -> None:
     monkeypatch.setattr(gpu, "total_bytes", lambda: 1 << 33)
     monkeypatch.setattr(gpu, "QUICK", [(128, 256, 16)])
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+    def broken(z, codes):
+        raise RuntimeError("no kernel image\nfor this card")
+
+    monkeypatch.setattr(gpu, "RIVALS", (gpu.Rival("broken", broken), *gpu.RIVALS))
     for name in ("search", "dense"):  # whole steps take a minute on a CPU
         rows = list(gpu.GROUPS[name](True))
-        assert rows
+        failed = [rows.pop(0)] if name == "search" else []
+        for row in failed:
+            assert gpu.line(row).endswith("broken did not run (RuntimeError: no kernel image for this card)")
+        assert rows, "one that fails does not end the others"
         for row in rows:
             assert "ms" in gpu.line(row)
             assert row.get("agree", 1.0) > 0.9

@@ -143,6 +143,7 @@ def test_the_commands_of_the_page_on_clusters_resolve(cluster, capsys):
     assert {options.nnodes for options in launchers} == {"1:1", "2", "2:4"}
     assert {options.max_restarts for options in launchers} >= {0, 3}
     assert any(shown["strategy"] == "fsdp" and shown["activation_checkpointing"] for _, shown in found)
+    assert any(shown["quantizer"]["sharded"] and shown["quantizer"]["num_codes"] == 1 << 20 for _, shown in found)
 
 
 @pytest.mark.parametrize("name", FACTS)

@@ -67,6 +67,37 @@ def test_slurm_resolves_its_command_and_queues_itself_again(photos, tmp_path):
     assert "was trained with another configuration (differs in epochs)" in other.stderr
 
 
+@pytest.mark.parametrize("opted", [False, True])
+def test_ci_tests_the_triton_kernels_where_it_is_asked_to(opted, tmp_path):
+    """The script itself, with commands that only say how they were called."""
+    (tmp_path / "bin").mkdir()
+    said, name = tmp_path / "said", tmp_path / "bin" / "python3"
+    name.write_text(
+        "#!/usr/bin/env bash\n"
+        f'echo "${{TRITON_INTERPRET:-}} $(basename "$0") $*" >> {said}\n'
+        'if [ "$1 $2" = "-m venv" ]; then\n'
+        '    mkdir -p "$3/bin"\n'
+        '    echo "PATH=$3/bin:\\$PATH" > "$3/bin/activate"\n'
+        '    for one in python python3 pip pytest ruff mypy; do cp "$0" "$3/bin/$one"; done\n'
+        "fi\n"
+    )
+    name.chmod(0o755)
+    variables = {"STEADYVQ_CI_TRITON": "1"} if opted else {}
+    variables |= {"PATH": f"{name.parent}{os.pathsep}{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("STEADYVQ_", "TRITON_"))}
+    done = subprocess.run(
+        ["bash", str(SCRIPTS.parent / ".ci" / "run")], env=environment | variables, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    calls = said.read_text().splitlines()
+    assert any("pip install -q -c constraints/cpu.txt -e .[dev]" in call for call in calls)
+    assert ("1 python -m pytest tests/test_triton.py -n 2" in calls) == opted
+    assert ("0 python -m pytest tests/test_triton_compile.py -n 2" in calls) == opted
+    assert any(call.startswith(" pip install -q --no-deps triton==") for call in calls) == opted
+    assert (" ruff check ." in calls) != opted
+    assert (" pytest -n 2 --dist loadscope" in calls) != opted
+
+
 @pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sh"])
 def test_scripts_say_what_they_need(script, tmp_path):
     done = call(script, "three_stages", cwd=tmp_path)

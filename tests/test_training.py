@@ -603,6 +603,7 @@ ADDED = {
         "rectifier": 0,
     },
     "optim": {"encoder_lr": None, "encoder_decay": None},
+    "quantizer": {"sharded": False},
 }
 
 

@@ -7,6 +7,7 @@ masked      an autoencoder of pixel patches in float64 with masks, k-means start
 fixed       a codebook on latents that do not move, in float32
 gan         two optimisers: a generator of patches against a discriminator
 adversarial the image tokenizer in float64 against a discriminator, with LeCAM, a late start and a head start
+table       the same with a table that is cut among processes
 recipe      the recipe nsvq_tiny in float64, smaller still: joint to a plateau, warmup, refine with its discriminator
 next_token  a recurrent model of grey levels, lines of unequal length
 """
@@ -279,12 +280,38 @@ class Adversarial(TokenizerTask):
     def batch(self, epoch, positions):
         return super().batch(epoch, positions).double()
 
+    def prepare(self):
+        """In float32, as crops come."""
+        self.module.float()
+        super().prepare()
+        self.module.double()
+
     def end_epoch(self, epoch):
         return {}
 
     def validate(self, step, run):
         return {"size": sum(float(p.detach().square().sum()) for p in self.tokenizer.parameters())}
 
+
+TABLE = {
+    "data": {"epoch_samples": 45},
+    "quantizer": {
+        "num_codes": 33,
+        "init": "data",
+        "init_samples": 16,
+        "sharded": True,
+        "options": {
+            "maintenance": {"replace": {"patience": 0.5, "cap": 0.1}},
+            "temperature": {"effective_losers": 4.0},
+        },
+    },
+    "optim": {"codebook_lr": 3e-3, "grad_clip": 0.3},
+    "adversarial": {"adaptive": True},
+    "batch_size": 9,
+    "epochs": 4,
+    "checkpoint_every": 1,
+}
+"""33 codes and 9 crops in a step, so that halves differ; gradients are clipped in most steps, so that their norm counts."""
 
 RECIPE = {
     "data": {"crop_size": 16, "epoch_samples": 45, "eval_crops": 8},
@@ -311,6 +338,7 @@ def recipe_of(photos):
 TASKS = {
     "adversarial": Adversarial,
     "recipe": Adversarial,
+    "table": Adversarial,
     "masked": Masked,
     "fixed": Fixed,
     "gan": Gan,
@@ -319,7 +347,10 @@ TASKS = {
 
 
 def toy_config(task, photos, sets=()):
-    """60 steps of 8 crops, a freeze after 30, checkpoints at 20, 40 and 60; `recipe`: 50 steps of 9, checkpoints every 5."""
+    """60 steps of 8 crops, a freeze after 30, checkpoints at 20, 40 and 60; `recipe`: 50 steps of 9, checkpoints every 5.
+
+    `table`: 20 steps of 9, a freeze after 10, checkpoints every 5.
+    """
     if task == "recipe":
         return resolve(recipe_of(photos), sets)
     recipe = {
@@ -344,7 +375,8 @@ def toy_config(task, photos, sets=()):
         "log_every": 1,
         "keep_checkpoints": 2,
     }
-    return resolve(merge(recipe, ADVERSARIAL if task == "adversarial" else {}), sets)
+    own = {"adversarial": ADVERSARIAL, "table": merge(ADVERSARIAL, TABLE)}
+    return resolve(merge(recipe, own.get(task, {})), sets)
 
 
 def main() -> int:

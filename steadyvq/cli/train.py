@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import sys
@@ -21,9 +22,10 @@ from steadyvq.report import comparison_table, write_report
 from steadyvq.training.config import RunConfig, read_recipe, resolve, with_absolute_paths
 from steadyvq.training.loop import MAY_CHANGE, Diverged, Engine, Interrupted
 from steadyvq.training.photographs import load_photographs, with_counted_epoch
-from steadyvq.training.processes import Processes
+from steadyvq.training.processes import Processes, launched
 from steadyvq.training.run import RunFolder, check_free, differences
 from steadyvq.training.strict import merge
+from steadyvq.training.tables import plan
 from steadyvq.training.task import Task
 from steadyvq.training.tokenizer_task import TokenizerTask
 
@@ -66,7 +68,7 @@ def _begin_or_go_on(config: RunConfig, path: Path, *, dry_run: bool) -> int:
 def begin(config: RunConfig, path: Path, processes: Processes | None = None, *, dry_run: bool) -> int:
     """Trains a configuration into a new run folder, or only prints it."""
     if dry_run:
-        print(config.to_yaml(), end="")
+        _show(config)
         return 0
     processes = processes or Processes(config.precision, config.strategy)
     processes.first(lambda: check_free(path))
@@ -75,6 +77,14 @@ def begin(config: RunConfig, path: Path, processes: Processes | None = None, *, 
     if processes.is_first:
         _tell_about_data(task)
     return _fit(task, RunFolder(path, task.config), processes, resume=False)
+
+
+def _show(config: RunConfig) -> None:
+    """The resolved configuration, and as comments what a table takes that is cut among processes."""
+    print(config.to_yaml(), end="")
+    if config.task == "tokenizer" and config.quantizer.sharded:
+        devices, nodes = launched(os.environ)
+        print("".join(f"# {line}\n" for line in plan(config, devices * nodes)), end="")
 
 
 def make_task(config: RunConfig) -> TokenizerTask | PriorTask:
@@ -136,7 +146,7 @@ def _go_on(run: RunFolder, asked: RunConfig | None, processes: Processes | None 
             )
         run = RunFolder(run.path, asked)
     if dry_run:
-        print(run.config.to_yaml(), end="")
+        _show(run.config)
         return 0
     processes = processes or Processes(run.config.precision, run.config.strategy)
     processes.first(lambda: processes.shares(run.config.batch_size))
@@ -195,7 +205,8 @@ def _fit(task: Task, run: RunFolder, processes: Processes, *, resume: bool) -> i
     if not resume:
         # Only now: whatever is wrong with the input has been said, and nothing was written.
         processes.first(lambda: run.begin(shlex.join(["steadyvq", *sys.argv[1:]])))
-    parameters = sum(p.numel() for p in task.module.parameters())
+    cut = engine.networks.cut
+    parameters = sum(p.numel() for p in task.module.parameters()) + (0 if cut is None else cut.elsewhere)
     tell(
         f"{run.config.title}: {parameters / 1e6:.2f} M parameters, {engine.total_steps} steps of "
         f"{run.config.batch_size} images{_cut(engine)}, configuration {run.config.hash()}"
@@ -250,7 +261,7 @@ def _cut(engine: Engine) -> str:
     if count == 1 and len(shares) == 1:
         return ""
     cut = engine.networks.cut
-    held = "" if cut is None else f", about {cut.share:.0%} of the weights"
+    held = "" if cut is None else f", {cut.held}"
     return f" ({count} processes, {len(shares)} micro-batches of up to {len(shares[0])} in each{held})"
 
 

@@ -78,7 +78,8 @@ def of_rows(rows: Sequence[Row], name: str = "the log") -> MonitorLog:
     own = sorted((row for row in rows if row.get("kind") == "monitor"), key=lambda row: row["step"])
     if not own:
         raise ValueError(
-            f"{name} has no rows of a monitor: watch the training with steadyvq.Monitor, or train with steadyvq train"
+            f"{name} has no rows of a monitor: watch the training with steadyvq.Monitor, or train with steadyvq train (whose "
+            "monitor rests where several processes share a table by quantizer.sharded)"
         )
     probes = [row for row in rows if row.get("kind") == "probe"]
     return MonitorLog(tuple(_with_drift(own, probes)), tuple(row for row in rows if row.get("kind") == "warning"))

@@ -74,6 +74,7 @@ def process_shards(group: dist.ProcessGroup | None = None) -> Shards:
         sum=lambda tensor: reduced(tensor, dist.ReduceOp.SUM),
         minimum=lambda tensor: reduced(tensor, dist.ReduceOp.MIN),
         gather=lambda rows: _parts(rows, group),
+        to_first=lambda rows: _at_first(rows, group),
     )
 
 
@@ -103,12 +104,27 @@ def _concatenate(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def _parts(rows: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
     """Rows (n, ...) of each process."""
+    sizes, padded = _padded(rows, group)
+    parts = [torch.zeros_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+
+
+def _at_first(rows: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Rows (n, ...) of each process, in the first one alone."""
+    sizes, padded = _padded(rows, group)
+    first = dist.get_rank(group) == 0
+    parts = [torch.zeros_like(padded) for _ in sizes] if first else None
+    dist.gather(padded, parts, dst=0 if group is None else dist.get_global_rank(group, 0), group=group)
+    return [part[:size] for part, size in zip(parts or [], sizes, strict=first)]
+
+
+def _padded(rows: Tensor, group: dist.ProcessGroup | None) -> tuple[list[int], Tensor]:
+    """How many rows each process has, and this one's, as many as the largest number, which collectives want to be equal."""
     count = torch.tensor([rows.shape[0]], device=rows.device)
     counts = [torch.zeros_like(count) for _ in range(dist.get_world_size(group))]
     dist.all_gather(counts, count, group=group)
     sizes = [int(c) for c in counts]
     padded = torch.zeros(max(sizes), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
     padded[: rows.shape[0]] = rows.detach()
-    parts = [torch.zeros_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=group)
-    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+    return sizes, padded

@@ -16,7 +16,7 @@ process's codes is that of the mean over the latents of all processes already: l
 gradients. All processes call `forward`, `encode`, `decode` and `update` together, in evaluation as well.
 
 `whole_state` is the state of the replicated quantizer of the same name, whatever the number of processes; `load_whole_state`
-cuts it anew.
+cuts it anew, and `replicated` is that quantizer. A training run uses all of it by `quantizer.sharded: true`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from steadyvq import kernels
 from steadyvq.kernels.passes import nearest_and_normaliser, sums_by_code
 from steadyvq.kernels.reference import squared_distance
+from steadyvq.quantizers.assign import ASSIGNMENTS
 from steadyvq.quantizers.base import (
     Assignment,
     HostNumber,
@@ -43,12 +44,14 @@ from steadyvq.quantizers.base import (
 )
 from steadyvq.quantizers.codebooks import Codebook, FreeCodebook
 from steadyvq.quantizers.compose import compose
+from steadyvq.quantizers.estimators import ESTIMATORS
 from steadyvq.quantizers.initialise import place
 from steadyvq.quantizers.losses import NonStationary
 from steadyvq.quantizers.maintenance import UpdateBatch
 from steadyvq.quantizers.methods import nsvq, vq
 from steadyvq.quantizers.names import look_up
 from steadyvq.quantizers.noise import Noise
+from steadyvq.quantizers.registry import build_quantizer
 from steadyvq.quantizers.shards import Shards
 from steadyvq.quantizers.vector import VectorQuantizer
 
@@ -77,13 +80,31 @@ class _Seen:
 
 
 class _Rows(Codebook):
-    """The codes of the whole table, for maintenance that asks whether it can copy them; nobody holds them."""
+    """This process's codes of a table of which nobody holds all.
+
+    Args:
+        rows: They.
+        low: The first of them in the whole table.
+        num_codes: K of the whole table.
+    """
 
     trainable = True
 
-    def __init__(self, base: Tensor) -> None:
+    def __init__(self, rows: Tensor, low: int, num_codes: int) -> None:
         super().__init__()
-        self.base = base
+        self.base = nn.Parameter(rows)
+        self.low, self.num_codes = low, num_codes
+
+    def part(self, table: Tensor) -> Tensor:
+        """This process's rows of a whole table (K, ...); anything else as it is."""
+        whole = table.dim() > 0 and len(table) == self.num_codes
+        return table[self.low : self.low + len(self.base)] if whole else table
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes its part of a whole table."""
+        key = f"{prefix}base"
+        mine = {**state_dict, key: self.part(state_dict[key])} if key in state_dict else state_dict
+        super()._load_from_state_dict(mine, prefix, *rest)
 
     def forward(self) -> Tensor:
         """This process's codes."""
@@ -111,8 +132,13 @@ class ShardedQuantizer(Quantizer):
         **overrides: As `build_quantizer` takes them for that name: `losses`, `maintenance` (`replace` alone), `temperature`,
             `init`, `channel_axis`, `seed`.
 
+    Attributes:
+        weighed: The loop multiplies the loss of every process by its share of the latents (n_r R / sum n), as loops do whose
+            wrapper takes the mean of gradients over processes. The gradient of the codes, which is that of all latents
+            already, is then divided by that share.
+
     Raises:
-        ValueError: Parts that need the whole table in one place.
+        ValueError: Parts that need the whole table in one place, or more processes than codes.
     """
 
     temperature: Tensor
@@ -121,11 +147,17 @@ class ShardedQuantizer(Quantizer):
     def __init__(self, name: str, num_codes: int, dim: int, shards: Shards | None = None, **overrides: Any) -> None:
         parts = look_up("sharded quantizer", name, PRESETS)
         whole = compose(num_codes, dim, parts, overrides)
-        _check(whole)
+        check_shardable(whole)
         super().__init__(num_codes, dim, channel_axis=whole.channel_axis)
-        self.name, self.shards, self.seed = name, shards or Shards(), whole.seed
+        self.name, self.shards, self.seed, self.overrides = name, shards or Shards(), whole.seed, dict(overrides)
+        if self.shards.count > num_codes:
+            raise ValueError(
+                f"num_codes is {num_codes}, but {self.shards.count} processes share the table: give every process at least "
+                "one code"
+            )
         self.low, self.high = self.shards.bounds(num_codes)
-        self.base = nn.Parameter(whole.codes.base.detach()[self.low : self.high].clone())
+        self.codes = _Rows(whole.codes.base.detach()[self.low : self.high].clone(), self.low, num_codes)
+        self.weighed = False
         self.losses, self.maintenance = whole.losses, whole.maintenance
         self.register_buffer("temperature", whole.temperature.clone())
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
@@ -134,6 +166,20 @@ class ShardedQuantizer(Quantizer):
         self._paused: frozenset[str] = frozenset()
         self._count = HostNumber()
         self.reduce = self.shards.sum
+        self.gather = lambda rows: torch.cat(self.shards.gather(rows))
+
+    @property
+    def base(self) -> nn.Parameter:
+        """This process's codes (n, d)."""
+        base = self.codes.base
+        assert isinstance(base, nn.Parameter)
+        return base
+
+    @property
+    def batch_coupled(self) -> tuple[str, ...]:
+        """See `Quantizer.batch_coupled`."""
+        active = {name: loss for name, loss in self.losses.items() if self.weight(name) != 0}
+        return tuple(name for name, loss in active.items() if getattr(loss, "batch_coupled", False))
 
     def weight(self, name: str) -> float:
         """The present weight of a loss."""
@@ -240,7 +286,14 @@ class ShardedQuantizer(Quantizer):
         counted = sums_by_code(places, seen.z, len(self.base), row_weight=seen.weight)
         scale = 2 / (seen.weight.sum().clamp_min(1) * self.dim)
         grad = (counted.mass[:, None] * self.base.detach() - counted.sums) * scale
-        return kernels.attach_gradient(self.losses[name](record).detach(), self.base, grad)
+        return self._attach(self.losses[name](record).detach(), grad, seen)
+
+    def _attach(self, value: Tensor, grad: Tensor, seen: _Seen) -> Tensor:
+        """A loss whose gradient by this process's codes is known."""
+        if self.weighed:
+            own, everyone = seen.weight[seen.own].sum().clamp_min(1), seen.weight.sum()
+            grad = grad * (everyone / (self.shards.count * own))
+        return kernels.attach_gradient(value, self.base, grad)
 
     def _non_stationary(self, record: Assignment, seen: _Seen) -> Tensor:
         """The non-stationary loss of the latents of all processes; see `kernels.non_stationary`."""
@@ -274,7 +327,9 @@ class ShardedQuantizer(Quantizer):
         value = self.shards.sum((factor * cost).sum()) * scale
         grad = (pulled[:, None] * self.base.detach() - sums) * (2 * scale * factor)[:, None]
         self._note(record, seen, self.shards.sum(torch.stack([loser, spent])))
-        return kernels.attach_gradient(value, self.base, grad)
+        least, largest = grad.aminmax()
+        record.stats["ns_grad_max"] = -self.shards.minimum(torch.minimum(least, -largest))
+        return self._attach(value, grad, seen)
 
     def _note(self, record: Assignment, seen: _Seen, sums: Tensor) -> None:
         """Winner mass and effective losers of this process's latents, from sums (2, M) over all codes."""
@@ -320,17 +375,23 @@ class ShardedQuantizer(Quantizer):
     ) -> None:
         """See `Quantizer.init_from`; the whole table is placed in every process, once."""
         z, weight = self._rows(latents.detach(), mask)
-        rows = torch.cat(self.shards.gather(z[weight > 0]))
+        rows = self.gather(z[weight > 0])
         generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
         table = place(rows, self.num_codes, method, generator)
-        self.base.copy_(table[self.low : self.high])
+        self.base.copy_(self.codes.part(table))
         for part in self.maintenance.values():
             part.rows_set(table)  # type: ignore[operator]
 
     def whole_state(self) -> dict[str, Tensor]:
         """The state of the replicated quantizer of this name, in every process: it loads there, and in any number of shards."""
-        state = {key: value for key, value in self.state_dict().items() if key != "base"}
-        return {"codes.base": self.codebook(), **state}
+        return {**self.state_dict(), "codes.base": self.codebook()}
+
+    def replicated(self, state: Mapping[str, Tensor]) -> Quantizer:
+        """The ordinary quantizer of this name with a whole state, in the present stage, for one process alone."""
+        whole = build_quantizer(self.name, num_codes=self.num_codes, dim=self.dim, **self.overrides)
+        whole.to(self.base).load_state_dict(state)
+        whole.configure(weights=self._weights, paused=sorted(self._paused))
+        return whole.train(self.training)
 
     @torch.no_grad()
     def load_whole_state(self, state: Mapping[str, Tensor]) -> None:
@@ -345,8 +406,7 @@ class ShardedQuantizer(Quantizer):
                 f"the state holds {table.shape[0]} codes of dimension {table.shape[1]}, but this quantizer has "
                 f"{self.num_codes} of dimension {self.dim}"
             )
-        rest = {key: value for key, value in state.items() if key != "codes.base"}
-        self.load_state_dict({"base": table[self.low : self.high].to(self.base), **rest})
+        self.load_state_dict(state)
 
     @torch.no_grad()
     def whole_optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -363,7 +423,7 @@ class ShardedQuantizer(Quantizer):
         """Takes its part of what `whole_optimizer_state` gave, in any number of shards."""
         for name, value in state.items():
             per_code = tuple(value.shape) == (self.num_codes, self.dim)
-            optimizer.state[self.base][name] = (value[self.low : self.high] if per_code else value).clone()
+            optimizer.state[self.base][name] = (self.codes.part(value) if per_code else value).clone()
 
     # --- update -------------------------------------------------------------------------------------------------------
 
@@ -378,7 +438,7 @@ class ShardedQuantizer(Quantizer):
         hits = self.shards.sum(added([part.mass for part in sums]))
         step = UpdateBatch(
             assignments=batch,
-            codes=_Rows(self.base),
+            codes=self.codes,
             temperature=self.temperature,
             hits=hits,
             distortion=self.shards.sum(added([part.sums for part in sums])[:, 0]),
@@ -407,16 +467,20 @@ class ShardedQuantizer(Quantizer):
         here = ((dst >= self.low) & (dst < self.high)).nonzero()[:, 0]
         places = dst[here] - self.low
         self.base[places] = rows[here]
-        _Rows(self.base).forget_rows(places, optimizer, ema)
+        self.codes.forget_rows(places, optimizer, ema)
         for part in self.maintenance.values():
             part.rows_copied(dst, src, self.base)  # type: ignore[operator]
 
 
-def _check(whole: VectorQuantizer) -> None:
-    """Raises ValueError for parts that need the whole table in one place."""
-    if type(whole.codes) is not FreeCodebook or whole.unit_sphere:
+def check_shardable(whole: Quantizer) -> None:
+    """Raises ValueError for parts of a quantizer that need its whole table in one place."""
+    if not isinstance(whole, VectorQuantizer) or type(whole.codes) is not FreeCodebook or whole.unit_sphere:
         raise ValueError(
             "a sharded table is a free codebook without unit_sphere: leave `codebook` and `unit_sphere` out"
+        )
+    if whole.assign is not ASSIGNMENTS["l2"] or whole.estimator is not ESTIMATORS["straight_through"]:
+        raise ValueError(
+            "a sharded table assigns by l2 and its estimator is straight_through: leave `assign` and `estimator` out"
         )
     for kind, names, known in (
         ("losses", whole.losses, ("commitment", "codebook", "ns")),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from steadyvq.training.sharding import local, part_of
+from steadyvq.training.sharding import local
 
 
 class WeightAverage:
@@ -83,13 +83,13 @@ class WeightAverage:
         return {"steps": self.steps, "shadow": dict(self.shadow)}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Restores `state_dict()`."""
+        """Restores `state_dict()`; of what is cut, it takes the part of this process."""
         steps, shadow = state["steps"], state["shadow"]
         assert isinstance(steps, int)
         assert isinstance(shadow, dict)
         self.steps = steps
         for name, tensor in self.shadow.items():
-            tensor.copy_(part_of(self.tensors[name], shadow[name]))
+            tensor.copy_(shadow[name])
 
 
 def _averaged(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -17,6 +17,7 @@ from steadyvq.data import BUILT_IN, absolute_address
 from steadyvq.models.autoencoder import AutoencoderConfig
 from steadyvq.models.perceptual import CLASSIFIERS, too_small
 from steadyvq.quantizers.names import unknown
+from steadyvq.quantizers.sharded import PRESETS as SHARDED
 from steadyvq.training.adversarial_config import AdversarialConfig
 from steadyvq.training.prior_config import PriorConfig
 from steadyvq.training.stages import Stage
@@ -97,6 +98,8 @@ class QuantizerConfig:
         options: Overrides for `build_quantizer` (docs/methods.md).
         init: Place the codes on the first latents: `kmeans`, `data`, or `none` (the method's own start).
         init_samples: Training crops whose latents place the codes.
+        sharded: Cut the table, its optimiser state and its average among the processes of the run (`vq` and `nsvq`). The
+            result is the same but for rounding; one process ignores it.
     """
 
     name: str = "nsvq"
@@ -105,6 +108,7 @@ class QuantizerConfig:
     options: dict[str, Any] = field(default_factory=dict)
     init: Literal["none", "data", "kmeans"] = "none"
     init_samples: int = 256
+    sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -269,6 +273,8 @@ class RunConfig:
                 f"data.crop_size: {too_small(self.perceptual_net, self.data.crop_size)}, or set perceptual=0"
             )
         self._refuse_unused()
+        if self.quantizer.sharded:
+            self._check_sharded()
         factor = self.model.downsampling
         if self.data.crop_size % factor or self.data.crop_size < SMALLEST_CROP:
             raise ValueError(
@@ -292,6 +298,24 @@ class RunConfig:
             raise ValueError(
                 f"data.epoch_samples is {self.data.epoch_samples}, less than batch_size {self.batch_size}: an epoch "
                 "needs at least one batch"
+            )
+
+    def _check_sharded(self) -> None:
+        if self.quantizer.name not in SHARDED:
+            raise ValueError(
+                f"quantizer.sharded is true, but the table of {self.quantizer.name!r} cannot be cut among processes: leave it "
+                f"out, or choose {' or '.join(SHARDED)}"
+            )
+        for stage in self.stages:
+            if stage.estimator not in (None, "straight_through"):
+                raise ValueError(
+                    f"quantizer.sharded is true, but stage {stage.name!r} has the estimator {stage.estimator!r}, and a table "
+                    "that is cut among processes knows 'straight_through' alone: leave one of them out"
+                )
+        if self.strategy == "fsdp":
+            raise ValueError(
+                "quantizer.sharded is true and strategy is 'fsdp', but a run cuts up either its table or its networks: leave "
+                "one of them out"
             )
 
     def _refuse_unused(self) -> None:

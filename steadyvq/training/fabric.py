@@ -21,6 +21,14 @@ class _CutAlready(DDPStrategy):
         return module
 
 
+class _Wrapping(DDPStrategy):
+    """A wrapper around what it has gradients to average of: not where all that is trained is a table cut among processes."""
+
+    def setup_module(self, module: nn.Module) -> Any:
+        trained = [p for p in module.parameters() if p.requires_grad and not getattr(p, "_ddp_ignored", False)]
+        return super().setup_module(module) if trained else module
+
+
 def make_fabric(precision: Any, devices: int, nodes: int, *, cuts: bool) -> Fabric:
     """Finds the devices of this process and the other processes.
 
@@ -35,7 +43,7 @@ def make_fabric(precision: Any, devices: int, nodes: int, *, cuts: bool) -> Fabr
     """
     options: dict[str, Any] = {}
     if devices * nodes > 1:
-        kind = _CutAlready if cuts else DDPStrategy
+        kind = _CutAlready if cuts else _Wrapping
         options = {"strategy": kind(timeout=PATIENCE), "num_nodes": nodes}
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     try:

@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "compile",
     "activation_checkpointing",
     "strategy",
+    "quantizer.sharded",
 )
 """Settings that a resumed run may change: they decide how a step is computed, not what it computes."""
 

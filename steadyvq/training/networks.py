@@ -18,7 +18,8 @@ from steadyvq.models.blocks import Blocks
 from steadyvq.training.average import WeightAverage
 from steadyvq.training.config import RunConfig
 from steadyvq.training.processes import Processes
-from steadyvq.training.sharding import Shards
+from steadyvq.training.sharding import Cut, Shards
+from steadyvq.training.tables import cut_tables
 from steadyvq.training.task import Task
 
 
@@ -46,7 +47,9 @@ class Networks:
         if config.compile:
             check_compiler(processes.fabric.device)
             compile_blocks(task.networks)
-        self.cut = Shards(*task.cuttable(), processes.fabric.device) if processes.cuts else None
+        self.cut: Cut | None = cut_tables(task.module)
+        if processes.cuts:
+            self.cut = Shards(*task.cuttable(), processes.fabric.device)
         self.optimizers: dict[str, Any] = {name: self._optimizer(name) for name in task.objectives}
         self.average = WeightAverage(task.averaged, config.optim.ema_decay)
 
@@ -82,14 +85,18 @@ class Networks:
         return {"module": module, "optimizers": moments, "average": average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores moments and averages of `state_dict()`; the module had its weights before it was cut."""
+        """Restores moments and averages of `state_dict()`; the module has its weights already."""
         for name, optimizer in self.optimizers.items():
             moments = state["optimizers"][name]
             if self.cut is None:
                 optimizer.optimizer.load_state_dict(moments)
             else:
                 self.cut.load_state_dict(optimizer.optimizer, moments)
-        self.average.load_state_dict(state["average"])
+        average = state["average"]
+        if self.cut is not None:
+            tensors, shadow = self.average.tensors, average["shadow"]
+            average = {**average, "shadow": {name: self.cut.part(like, shadow[name]) for name, like in tensors.items()}}
+        self.average.load_state_dict(average)
 
 
 def recompute(networks: Iterable[nn.Module], on: bool = True) -> int:

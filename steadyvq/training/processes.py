@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from steadyvq.quantizers import across_processes
+from steadyvq.quantizers import ShardedQuantizer, across_processes
 from steadyvq.quantizers.processes import in_one_process
 
 Result = TypeVar("Result")
@@ -111,7 +111,7 @@ class Processes:
         """The module as the loop calls it: with autocast, and in several processes with gradients averaged over them.
 
         A wrapper waits for the gradient of every parameter that wants one when it is made, so a frozen part needs a new
-        one.
+        one. It leaves out tables that are cut among processes: their gradients are those of all latents already.
 
         Args:
             module: On its device already.
@@ -122,6 +122,11 @@ class Processes:
             # Nothing is broadcast between steps: a codebook that is no function of the global batch must show.
             options = {_BROADCAST: False, "find_unused_parameters": not all_used}
             self.fabric.strategy._ddp_kwargs = options  # type: ignore[attr-defined]
+            quantizers = [name for name, part in module.named_modules() if isinstance(part, ShardedQuantizer)]
+            if quantizers:
+                cut = [f"{name}.codes.base".removeprefix(".") for name in quantizers]
+                leave_out = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+                leave_out(module, cut)  # type: ignore[no-untyped-call]
         return self.fabric.setup_module(module, move_to_device=False)
 
     def connect(self, module: nn.Module) -> None:
@@ -162,6 +167,11 @@ class Processes:
         """Waits for the others, so that none of them fails because this one has gone; see `leave`."""
         if self.count > 1:
             self.fabric.barrier()
+
+
+def wrapped(model: nn.Module) -> bool:
+    """Whether a wrapper averages the gradients of a model that `Processes.wrap` gave over processes."""
+    return any(isinstance(part, DistributedDataParallel) for part in model.modules())
 
 
 def leave(code: int) -> int:

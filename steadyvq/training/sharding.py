@@ -9,9 +9,10 @@ not know how a run was cut.
 
 import copy
 import inspect
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -45,22 +46,84 @@ def whole(like: Tensor, part: Tensor) -> Tensor:
     return cut.full_tensor()
 
 
-def part_of(like: Tensor, all_of_it: Tensor) -> Tensor:
-    """The part that this process has of a tensor that is to be cut as `like` is; needs no other process."""
-    if not _is_cut(like):
-        return all_of_it
-    place: Any = like
-    pieces = all_of_it.chunk(place.device_mesh.size())
-    rank = place.device_mesh.get_local_rank()
-    # There may be more processes than rows.
-    return pieces[rank] if rank < len(pieces) else all_of_it[:0]
-
-
 def _is_cut(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements")
 
 
-class Shards:
+class Cut(ABC):
+    """What is cut up among the processes of a run, seen from one of them: gradients, states, and all of it in one piece.
+
+    Attributes:
+        is_first: Whether this process gets whole tensors.
+        held: How much of it this process has, in words.
+        elsewhere: Numbers that `parameters()` does not count here, since others hold them.
+    """
+
+    is_first: bool
+    held: str
+    elsewhere: int = 0
+
+    def adopt(self, optimizer: Optimizer) -> None:  # noqa: B027
+        """Is shown every fresh optimiser."""
+
+    def collect(self, optimizer: Optimizer) -> None:  # noqa: B027
+        """After the backwards of a step: gradients are the means over processes, where the optimiser looks for them."""
+
+    @abstractmethod
+    def parts(self, optimizer: Optimizer) -> list[tuple[int, Tensor, Tensor]]:
+        """Of an optimiser: the number of a parameter that is cut, the part that is stepped here, what it is a part of."""
+
+    @abstractmethod
+    def gathered(self, like: Tensor, part: Tensor) -> Tensor:
+        """The whole of a tensor that is cut as `like` is, in the first process; the others get nothing. All call it."""
+
+    @abstractmethod
+    def part(self, like: Tensor, all_of_it: Tensor) -> Tensor:
+        """The part that this process has of a whole tensor that is to be cut as `like` is."""
+
+    @abstractmethod
+    def put_together(self) -> AbstractContextManager[None]:
+        """Inside, the first process has plain whole modules in the places of the cut ones; all enter and leave.
+
+        They have the weights of that moment, and nothing that is done to them lasts.
+        """
+
+    def clip(self, optimizer: Optimizer, largest: float) -> Tensor:
+        """Clips the gradient of all processes together; returns its norm before."""
+        mine = [own for _, own, _ in self.parts(optimizer)]
+        known, cut = {id(own) for own in mine}, [own for own in mine if own.grad is not None]
+        everyone = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        rest = [p for p in everyone if id(p) not in known]
+        squares = [
+            torch.nn.utils.get_total_norm([p.grad for p in own if p.grad is not None]).square() for own in (cut, rest)
+        ]
+        like = next(p for p in [*cut, *rest])
+        total = squares[0].to(like.device, torch.float64)
+        dist.all_reduce(total)
+        norm = (total + squares[1].to(total)).sqrt().to(like.dtype)
+        torch.nn.utils.clip_grads_with_norm_([*cut, *rest], largest, norm)
+        return norm
+
+    def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimiser's state as it would be uncut, in the first process; all call it."""
+        state = optimizer.state_dict()
+        for index, mine, like in self.parts(optimizer):
+            own = state["state"].get(index, {})
+            moments = {k: self.gathered(like, v) for k, v in own.items() if v.shape == mine.shape and v.dim()}
+            state["state"] = {**state["state"], **({index: {**own, **moments}} if own else {})}
+        return state
+
+    def load_state_dict(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave, or an optimiser that never was cut."""
+        entries = dict(state["state"])
+        for index, _, like in self.parts(optimizer):
+            own = entries.get(index, {})
+            if own:
+                entries[index] = {k: self.part(like, v) if v.dim() else v for k, v in own.items()}
+        optimizer.load_state_dict({**state, "state": entries})
+
+
+class Shards(Cut):
     """The cut networks of a run, in one of its processes.
 
     Args:
@@ -99,6 +162,7 @@ class Shards:
             fully_shard(network, **options)
         cut = [p for _, _, network in self._homes for p in network.parameters() if _is_cut(p)]
         self.share = sum(local(p).numel() for p in cut) / sum(p.numel() for p in cut)
+        self.held = f"about {self.share:.0%} of the weights"
 
     def adopt(self, optimizer: Optimizer) -> None:
         """Lets a fresh optimiser train the local parts: they are stepped, and have moments, as plain tensors."""
@@ -110,7 +174,7 @@ class Shards:
         self._stand_ins[id(optimizer)] = pairs
 
     def collect(self, optimizer: Optimizer) -> None:
-        """After the backwards of a step: gradients are the means over processes, where the optimiser looks for them."""
+        """See `Cut.collect`."""
         for parameter, mine in self._stand_ins[id(optimizer)]:
             mine.grad = None if parameter.grad is None else local(parameter.grad)
             parameter.grad = None
@@ -130,62 +194,32 @@ class Shards:
             for p, mean, known in zip(own, means, there.tolist(), strict=True):
                 p.grad = mean.view_as(p) if known else None
 
-    def clip(self, optimizer: Optimizer, largest: float) -> Tensor:
-        """Clips the gradient of all processes together; returns its norm before."""
-        cut = [mine for _, mine in self._stand_ins[id(optimizer)] if mine.grad is not None]
-        known = {id(mine) for mine in cut}
-        rest = [
-            p for group in optimizer.param_groups for p in group["params"] if p.grad is not None and id(p) not in known
-        ]
-        squares = [
-            torch.nn.utils.get_total_norm([p.grad for p in own if p.grad is not None]).square() for own in (cut, rest)
-        ]
-        like = next(p for p in [*cut, *rest])
-        parts = squares[0].to(like.device, torch.float64)
-        dist.all_reduce(parts)
-        norm = (parts + squares[1].to(parts)).sqrt().to(like.dtype)
-        torch.nn.utils.clip_grads_with_norm_([*cut, *rest], largest, norm)
-        return norm
-
     def gathered(self, like: Tensor, part: Tensor) -> Tensor:
-        """The whole of a tensor in the first process, in memory of the CPU if it was cut; the others get nothing."""
+        """See `Cut.gathered`; in memory of the CPU if it was cut."""
         if not _is_cut(like):
             return part
         found = whole(like, part)
         return found.cpu() if self.is_first else found.new_empty(0)
 
-    def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimiser's state as it would be uncut, in the first process; all call it."""
-        state = optimizer.state_dict()
-        for index, like in self._numbered(optimizer):
-            own = state["state"].get(index, {})
-            moments = {k: self.gathered(like, v) for k, v in own.items() if v.shape == local(like).shape and v.dim()}
-            state["state"] = {**state["state"], **({index: {**own, **moments}} if own else {})}
-        return state
+    def part(self, like: Tensor, all_of_it: Tensor) -> Tensor:
+        """See `Cut.part`; needs no other process."""
+        if not _is_cut(like) or all_of_it.shape != like.shape:
+            return all_of_it
+        place: Any = like
+        pieces = all_of_it.chunk(place.device_mesh.size())
+        rank = place.device_mesh.get_local_rank()
+        # There may be more processes than rows.
+        return pieces[rank] if rank < len(pieces) else all_of_it[:0]
 
-    def load_state_dict(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` gave, or an optimiser that never was cut."""
-        entries = dict(state["state"])
-        for index, like in self._numbered(optimizer):
-            own = entries.get(index, {})
-            if own:
-                entries[index] = {
-                    k: part_of(like, v) if v.shape == like.shape and v.dim() else v for k, v in own.items()
-                }
-        optimizer.load_state_dict({**state, "state": entries})
-
-    def _numbered(self, optimizer: Optimizer) -> list[tuple[int, Tensor]]:
-        """The cut parameters of an optimiser by their number in its state."""
+    def parts(self, optimizer: Optimizer) -> list[tuple[int, Tensor, Tensor]]:
+        """See `Cut.parts`."""
         cut = {id(mine): parameter for parameter, mine in self._stand_ins[id(optimizer)]}
         mine = [p for group in optimizer.param_groups for p in group["params"]]
-        return [(i, cut[id(p)]) for i, p in enumerate(mine) if id(p) in cut]
+        return [(i, p, cut[id(p)]) for i, p in enumerate(mine) if id(p) in cut]
 
     @contextmanager
     def put_together(self) -> Iterator[None]:
-        """Inside, the first process has plain whole networks in the places of the cut ones; all enter and leave.
-
-        They have the weights of that moment, and nothing that is done to them lasts.
-        """
+        """See `Cut.put_together`."""
         empty = []
         for (parent, name, network), plain in zip(self._homes, self._plain, strict=True):
             weights = {key: whole(p, local(p)) for key, p in network.named_parameters()}

@@ -18,8 +18,8 @@ from torch.utils import _pytree
 
 from steadyvq.data import Request
 from steadyvq.quantizers.processes import noise_from
-from steadyvq.training.processes import Processes
-from steadyvq.training.sharding import Shards
+from steadyvq.training.processes import Processes, wrapped
+from steadyvq.training.sharding import Cut
 from steadyvq.training.task import StepOutput, Task
 
 Weight = float | Tensor
@@ -57,10 +57,10 @@ class GlobalStep:
         clip: Largest norm of the gradient (None: no clipping).
 
     Attributes:
-        cut: The networks that are cut up among processes, if any are.
+        cut: What is cut up among processes, if anything is.
     """
 
-    cut: Shards | None = None
+    cut: Cut | None = None
 
     def __init__(
         self, task: Task, processes: Processes, batch_size: int, micro_batch_size: int | None, clip: float | None
@@ -98,11 +98,11 @@ class GlobalStep:
             batch: A micro-batch. In several processes it is gone through once for nothing, to see whether every
                 parameter gets a gradient.
         """
-        if self.processes.count == 1 or self.cut is not None:
+        if self.processes.count == 1 or self.processes.cuts:
             return {name: self.processes.wrap(module) for name, module in modules.items()}
         buffers = {buffer: buffer.clone() for buffer in self.task.module.buffers()}
         earlier: dict[str, StepOutput] = {}
-        wrapped = {}
+        models = {}
         for name, module in modules.items():
             wanted = [p for p in module.parameters() if p.requires_grad]
             with _only_trained({id(p) for p in wanted}, self.task), self.processes.fabric.autocast():
@@ -110,13 +110,13 @@ class GlobalStep:
                 self.processes.fabric.backward(earlier[name].loss)
             missing = torch.tensor([float(sum(p.grad is None for p in wanted))], device=self.processes.fabric.device)
             used = self.task.always_used and not bool(self.processes.sum(missing))
-            wrapped[name] = self.processes.wrap(module, all_used=used)
+            models[name] = self.processes.wrap(module, all_used=used)
         for parameter in self.task.module.parameters():
             parameter.grad = None
         with torch.no_grad():
             for buffer, value in buffers.items():
                 buffer.copy_(value)
-        return wrapped
+        return models
 
     def gradient(
         self,
@@ -185,7 +185,7 @@ class GlobalStep:
 
         Networks that are cut do so in every backward: each process keeps its part of the sum alone.
         """
-        if self.processes.count == 1 or last or self.cut is not None:
+        if self.processes.count == 1 or last or self.processes.cuts or not wrapped(model):
             yield
             return
         with self.processes.fabric.no_backward_sync(model):  # type: ignore[arg-type]

@@ -15,7 +15,15 @@ from steadyvq.data import Collection, CropFeed, ImageSource, StreamedCrops, usab
 from steadyvq.files import write_atomically, write_text
 from steadyvq.metrics import Probe, write_record
 from steadyvq.models import LPIPS, Tokenizer, load_lpips
-from steadyvq.quantizers import Codebook, Quantized, Quantizer, VectorQuantizer, accepts, build_quantizer
+from steadyvq.quantizers import (
+    Codebook,
+    Quantized,
+    Quantizer,
+    ShardedQuantizer,
+    VectorQuantizer,
+    accepts,
+    build_quantizer,
+)
 from steadyvq.quantizers.maintenance import ReplaceDead
 from steadyvq.quantizers.names import coupling
 from steadyvq.report import code_map, picture_grid
@@ -28,6 +36,7 @@ from steadyvq.training.photographs import evaluation_crops, load_photographs, tr
 from steadyvq.training.processes import launched
 from steadyvq.training.run import RunFolder
 from steadyvq.training.stages import Schedule, quantizer_weights
+from steadyvq.training.tables import shard
 from steadyvq.training.task import StepOutput, Task
 from steadyvq.training.watch import CodebookWatch
 from steadyvq.training.weights import load_weights
@@ -60,8 +69,10 @@ def quantizer_of(config: RunConfig, name: str | None = None) -> Quantizer:
 
 
 def build_tokenizer(config: RunConfig) -> Tokenizer:
-    """The tokenizer of a configuration, initialised from its seed."""
+    """The tokenizer of a configuration, initialised from its seed; its table is cut up where that is asked for."""
     quantizer = quantizer_of(config)
+    if config.quantizer.sharded:
+        quantizer = shard(quantizer, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return Tokenizer.build(config.model, quantizer)
@@ -305,7 +316,7 @@ class TokenizerTask(Task):
         logs["vq/relative_error"] = _relative_error(made, self.quantizer)
         logs |= {} if self.adversary is None else self.adversary.events()
         largest = [float(out.stats["ns_grad_max"]) for out in made if "ns_grad_max" in out.stats]
-        if isinstance(self.quantizer, VectorQuantizer) and largest:
+        if isinstance(self.quantizer, VectorQuantizer | ShardedQuantizer) and largest:
             logs["vq/temperature"] = float(self.quantizer.temperature)
             own = codebook_parameters(self.quantizer)
             eps = [g["eps"] for g in optimizer.param_groups if own and any(p is own[0] for p in g["params"])]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starting from the weights of an earlier run, and from nothing else of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from steadyvq.models.tokenizer import WEIGHTS_FILE, check_fit, read_weights
-from steadyvq.quantizers import VectorQuantizer
+from steadyvq.quantizers import ShardedQuantizer, VectorQuantizer
 from steadyvq.quantizers.maintenance import Maintenance
 from steadyvq.training.checkpoint import latest_checkpoint, load_checkpoint
 
@@ -36,13 +36,14 @@ def load_weights(module: nn.Module, source: Path, parts: Literal["all", "autoenc
     if parts == "autoencoder":
         own = {name for name in (*module.state_dict(), *state) if name.startswith(OF_QUANTIZER)}
     state = {name: value for name, value in state.items() if name not in own}
+    state |= _parts_of_tables(module, state)
     fresh = module.state_dict()
     check_fit({name: value for name, value in fresh.items() if name not in own}, state, source)
     module.load_state_dict({**{name: fresh[name].clone() for name in own & fresh.keys()}, **state})
     if parts == "autoencoder":
         return
-    for quantizer in (part for part in module.modules() if isinstance(part, VectorQuantizer)):
-        table = quantizer.codebook()
+    for quantizer in (part for part in module.modules() if isinstance(part, VectorQuantizer | ShardedQuantizer)):
+        table = quantizer.codebook() if isinstance(quantizer, VectorQuantizer) else quantizer.base
         for part in quantizer.maintenance.children():
             if isinstance(part, Maintenance):
                 part.rows_set(table)
@@ -51,9 +52,15 @@ def load_weights(module: nn.Module, source: Path, parts: Literal["all", "autoenc
 def _bookkeeping(module: nn.Module) -> Iterator[str]:
     """Names of the state that belongs to a run and not to its weights."""
     for prefix, part in module.named_modules():
-        if isinstance(part, VectorQuantizer):
+        if isinstance(part, VectorQuantizer | ShardedQuantizer):
             names = ["temperature", "updates", *(f"maintenance.{name}" for name in part.maintenance.state_dict())]
             yield from (f"{prefix}.{name}" if prefix else name for name in names)
+
+
+def _parts_of_tables(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What this process takes of the tables in a state that are cut among processes in the module."""
+    cut = {f"{n}.codes.base": q.codes for n, q in module.named_modules() if isinstance(q, ShardedQuantizer)}
+    return {name: codes.part(state[name]) for name, codes in cut.items() if name in state}
 
 
 def averaged_weights(source: Path) -> dict[str, Tensor]:
