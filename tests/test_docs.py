@@ -107,6 +107,9 @@ def test_every_command_runs(photos, steadyvq_command, tmp_path):
             )
             for flag in (word for word in words if word.startswith("--")):
                 assert flag in done.stdout, f"{name}: {command}"
+        elif words[1:3] == ["data", "fetch"]:
+            build_parser().parse_args(words[1:])
+            continue  # it needs a network; tests/test_corpus.py fetches a small one
         elif words[1:3] == ["demo", "generate"]:
             continue  # tests/test_generate.py runs it, smaller
         elif words[1] == "demo":

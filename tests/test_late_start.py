@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from steadyvq.quantizers import build_quantizer
-from steadyvq.training.config import RunConfig, resolve
+from steadyvq.training.config import RunConfig, read_recipe, resolve
 from steadyvq.training.loop import Engine
 from steadyvq.training.run import RunFolder
+from steadyvq.training.stages import steady_stages
 from steadyvq.training.tokenizer_task import TokenizerTask, codebook_parameters
 
 SETTLE = {
@@ -142,3 +143,9 @@ def test_a_stage_that_cannot_place_is_refused_before_training(method, stages, to
     own = config("vq", stages=stages, quantizer={"name": method, **size})
     with pytest.raises(ValueError, match=told):
         TokenizerTask(own)
+
+
+def test_the_stages_in_code_are_those_of_the_recipe():
+    own = resolve(read_recipe("steady"))
+    assert own.stages == steady_stages()
+    assert own.quantizer.name == "ema"

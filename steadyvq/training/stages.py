@@ -131,6 +131,32 @@ def nsvq_stages(
     )
 
 
+def steady_stages(share: float = 0.3, paused: tuple[str, ...] = ("ema", "replace")) -> tuple[Stage, ...]:
+    """The two stages of the preset `steady`: settle without a codebook, then quantise.
+
+    In a loop of your own, place the codes where a stage asks for it, once as it begins:
+
+        if schedule.step(epoch + 1, epochs, {}):
+            schedule.apply(parts, vq)
+            if schedule.stage.place:
+                vq.init_from(latents, method=schedule.stage.place)
+
+    Args:
+        share: Fraction of the run in which the decoder sees the latents themselves.
+        paused: Maintenance of the quantizer, which rests until its codes are placed.
+    """
+    return (
+        Stage(
+            "settle",
+            Until(at_fraction=share),
+            estimator="unquantized",
+            weights={"commitment": 0.0},
+            paused=paused,
+        ),
+        Stage("quantise", place="kmeans"),
+    )
+
+
 class Schedule:
     """Walks through stages at the ends of epochs.
 

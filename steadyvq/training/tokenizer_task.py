@@ -429,6 +429,8 @@ def _check_places(config: RunConfig, quantizer: Quantizer) -> None:
             f"stage {first.name!r} is the first and has place={first.place}: set quantizer.init={first.place}, which places "
             "the codes before the first step"
         )
+    if config.quantizer.sharded:
+        return
     placing = [stage for stage in later if stage.place]
     tables = [module for module in quantizer.modules() if isinstance(module, VectorQuantizer)]
     reasons = [table.codes.cannot_place for table in tables] or ["it has no table of codes"]
