@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,11 @@ class PriorTask(TokenTask):
     drawing = SamplingConfig
     watchable = frozenset({"loss", "cross_entropy"})
     best = ("cross_entropy", "min")
+    columns: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "cross-entropy (nats per token)": ("cross_entropy", ".4f"),
+        "bits per image": ("bits_per_image", ".1f"),
+        "held-out images": ("held_out_images", ".0f"),
+    }
     prior: AutoregressivePrior
 
     def check_tokens(self) -> None:

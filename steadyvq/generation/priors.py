@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 WEIGHTS, FACTS = "prior.safetensors", "prior.json"
 KINDS = {
     "autoregressive": "steadyvq.generation.prior_task:PriorTask",
+    "diffusion": "steadyvq.generation.diffusion_task:DiffusionTask",
 }
 """Module and class by the name of the task. They are imported when they are asked for."""
 
