@@ -31,7 +31,7 @@ from steadyvq.generation.diffusion import (
 from steadyvq.generation.diffusion_task import DiffusionTask, channel_statistics, snap
 from steadyvq.generation.priors import load_prior
 from steadyvq.models import Tokenizer
-from steadyvq.training.config import resolve
+from steadyvq.training.config import read_recipe, resolve
 from steadyvq.training.diffusion_config import DiffusionConfig, DitConfig, UnetConfig
 from steadyvq.training.loop import Engine
 from steadyvq.training.run import RunFolder
@@ -308,6 +308,22 @@ class TestDrawing:
             self.draw(prior_of(), scheduler="dpm++", steps=1001)
         with pytest.raises(ValueError, match="steps >= 1"):
             DiffusionDrawing(steps=0)
+        few = timed_scheduler(DiffusionConfig(times=64), DiffusionDrawing())
+        assert len(few.timesteps) == 32
+
+
+def test_the_published_recipe_has_the_published_size():
+    """arXiv 2112.10752 and its configuration cin256-v2: LDM-4; 178,000 steps of 1,200 images."""
+    config = resolve(read_recipe("ldm_imagenet256"))
+    size = config.diffusion.unet
+    assert [width // 192 for width in size.widths] == [1, 2, 3, 5]
+    # Resolutions 32, 16 and 8 of 64.
+    assert [64 >> level for level in size.attention] == [32, 16, 8]
+    assert config.epochs * (1_281_167 // config.batch_size) == pytest.approx(178_000, rel=0.01)
+    assert (config.diffusion.times, config.optim.lr, size.blocks) == (1000, 1e-4, 2)
+    with torch.device("meta"):
+        prior = DiffusionPrior(config.diffusion, (3, 64, 64), 1000)
+    assert sum(p.numel() for p in prior.parameters()) / 1e6 == pytest.approx(264, abs=1)
 
 
 def test_channels_are_measured_over_the_training_images(stored):
@@ -323,6 +339,10 @@ def test_channels_are_measured_over_the_training_images(stored):
     saved = load_prior(stored / "exported")
     assert torch.equal(saved.model.deviation, task.prior.deviation)
     assert saved.tokenizer_hash == tokenizer_hash(tokens.tokenizer())
+    half = TokenSet(stored / "tokens")
+    half.latent_shards = half.latent_shards[:1]
+    with pytest.raises(ValueError, match="holds other tokens"):
+        DiffusionTask(resolve(recipe(stored / "tokens")), half).load_state_dict(task.state_dict())
     codes = DiffusionTask(resolve(recipe(stored / "tokens", diffusion={"space": "codes"})), tokens)
     vectors = codes.vectors(np.arange(4))
     assert torch.equal(vectors, tokens.tokenizer().quantizer.decode(tokens.grids(tokens.read(range(4)))))

@@ -55,16 +55,16 @@ class DiffusionDrawing(Drawing):
 
     Attributes:
         scheduler: A name of `SCHEDULERS` (None: `flow` for flow matching, otherwise `ddim`).
-        steps: Evaluations of the network on the way from noise to latents.
+        steps: Evaluations of the network on the way from noise to latents (None: 50, or fewer where T has no such divisor).
     """
 
     scheduler: str | None = None
-    steps: int = 50
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.scheduler is not None and self.scheduler not in SCHEDULERS:
             raise ValueError(f"the scheduler is {self.scheduler!r}, but it must be one of {', '.join(SCHEDULERS)}")
-        if self.steps < 1 or not self.guidance >= 0:
+        if (self.steps is not None and self.steps < 1) or not self.guidance >= 0:
             raise ValueError(
                 f"steps are {self.steps} and guidance {self.guidance}, but steps >= 1 and guidance >= 0 are needed"
             )
@@ -221,17 +221,19 @@ def timed_scheduler(config: DiffusionConfig, drawing: DiffusionDrawing) -> Any:
     """
     name = drawing.scheduler or ("flow" if config.prediction == "flow" else "ddim")
     scheduler = make_scheduler(config, name)
+    usual = max(steps for steps in range(1, 51) if config.times % steps == 0)
+    steps = usual if drawing.steps is None else drawing.steps
     if name == "flow":
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / drawing.steps, drawing.steps).tolist())
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
         return scheduler
-    if drawing.steps > config.times or (name != "dpm++" and config.times % drawing.steps):
+    if steps > config.times:
+        raise ValueError(f"steps are {steps}, but there are {config.times} noise levels: use fewer")
+    if name != "dpm++" and config.times % steps:
         raise ValueError(
-            f"steps are {drawing.steps}, but {name} goes through {config.times} noise levels in equal steps: use a divisor of "
-            f"{config.times}, such as 50 or 100"
-            if name != "dpm++"
-            else f"steps are {drawing.steps}, but there are {config.times} noise levels: use fewer"
+            f"steps are {steps}, but {name} goes through {config.times} noise levels in equal steps: use a divisor of "
+            f"{config.times}, such as {usual}"
         )
-    scheduler.set_timesteps(drawing.steps)
+    scheduler.set_timesteps(steps)
     return scheduler
 
 
