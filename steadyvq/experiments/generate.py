@@ -44,7 +44,7 @@ from steadyvq.training.tokenizer_task import TokenizerTask
 VIEWS, JUDGED, SHOWN = 128, 1024, 64
 RECIPES = {"autoregressive": "generate_prior", "diffusion": "generate_diffusion"}
 """By kind of prior."""
-DRAWN = {"diffusion": {"scheduler": "dpm++", "steps": 20}}
+DRAWN: dict[str, dict[str, Any]] = {"diffusion": {"scheduler": "dpm++", "steps": 20}}
 """How each kind is drawn from, where its own default takes longer than a demo should."""
 NOTE = (
     "A tokenizer was trained on the photographs, {views} crops of each of {images} training photographs were tokenised, "

@@ -160,7 +160,7 @@ def _dit(config: DiffusionConfig, shape: tuple[int, int, int], num_classes: int)
             f"the latents are {shape[1]}x{shape[2]}, but the DiT cuts squares into patches of {size.patch}: change "
             "diffusion.dit.patch, or use diffusion.network=unet"
         )
-    body: nn.Module = diffusers_part("DiTTransformer2DModel")(
+    body: Any = diffusers_part("DiTTransformer2DModel")(
         num_attention_heads=size.heads,
         attention_head_dim=size.width // size.heads,
         in_channels=shape[0],
@@ -170,14 +170,15 @@ def _dit(config: DiffusionConfig, shape: tuple[int, int, int], num_classes: int)
         patch_size=size.patch,
         num_embeds_ada_norm=num_classes,
     )
-    for block in body.transformer_blocks:  # type: ignore[union-attr]
+    for block in body.transformer_blocks:
         # Classes are hidden by whoever makes the batch, so that it does not depend on the processes.
         block.norm1.emb.class_embedder.dropout_prob = 0.0
         _zero(block.norm1.linear)
     # The paper's section 3.2: blocks begin as the identity, and the output as 0.
     _zero(body.proj_out_1)
     _zero(body.proj_out_2)
-    return body
+    found: nn.Module = body
+    return found
 
 
 def _zero(layer: Any) -> None:
