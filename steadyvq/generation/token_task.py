@@ -119,6 +119,10 @@ class TokenTask(Task):
         """The prior that `facts`, with what all priors save, describes; its weights are loaded after."""
 
     @staticmethod
+    def check_drawing(model: Any, drawing: Any) -> None:
+        """Raises ValueError if a prior cannot be drawn from like this; asked before anything is written."""
+
+    @staticmethod
     @abstractmethod
     def draw(
         model: Any, labels: Int[Tensor, "B"], seed: int, numbers: Sequence[int], drawing: Any, tokenizer: Tokenizer
