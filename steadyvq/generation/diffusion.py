@@ -288,10 +288,10 @@ def sample_latents(
     def predict(x: Tensor, time: Tensor) -> Tensor:
         inputs = x.to(weight.device, weight.dtype)
         inputs = torch.cat([inputs, inputs]) if guided else inputs
-        found = prior(inputs, time.to(weight.device).expand(len(inputs)), classes).cpu().double()
+        found: Tensor = prior(inputs, time.to(weight.device).expand(len(inputs)), classes).cpu().double()
         if not guided:
             return found
-        given, without = found.chunk(2)
+        given, without = found[: len(x)], found[len(x) :]
         return without + drawing.guidance * (given - without)
 
     generators = [sample_generator(seed, number) for number in numbers]

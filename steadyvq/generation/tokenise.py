@@ -79,8 +79,8 @@ def encode_views_with_latents(
             inputs = [tokenizer.latents(to_float(part).to(device)) for part in torch.split(crops, batch)]
             found = [tokenizer.quantizer.encode(part).cpu() for part in inputs]
         tokens, latents = torch.cat(found), torch.cat([part.cpu() for part in inputs])
-        shape = (len(group), views)
-        yield [item for item, _ in group], tokens.unflatten(0, shape), latents.unflatten(0, shape)
+        tokens, latents = (values.reshape(len(group), views, *values.shape[1:]) for values in (tokens, latents))
+        yield [item for item, _ in group], tokens, latents
 
 
 class TokenWriter:
