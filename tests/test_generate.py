@@ -40,6 +40,8 @@ def test_the_demo_goes_from_photographs_to_pictures(photos, tmp_path, monkeypatc
         assert facts[rival]["ahead"] == pytest.approx(facts[rival]["kid_lite0"] - facts["prior"]["kid_lite0"])
         assert facts[rival]["ahead_low"] <= facts[rival]["ahead_high"]
     assert facts["count"] == 24
+    assert facts["kind"] == prior
+    assert facts["prior_config"] != facts["tokenizer"]
     assert (tmp_path / "out" / "samples" / "grid.png").is_file()
     tokens = TokenSet(tmp_path / "out" / "tokens")
     assert tokens.num_views == 6
