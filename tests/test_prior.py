@@ -19,7 +19,8 @@ from steadyvq.cli import main
 from steadyvq.data import EvaluationCrops, load_collection, open_source
 from steadyvq.generation import TokenSet, TokenWriter, Views, tokenizer_hash
 from steadyvq.generation.autoregressive import AutoregressivePrior, GridRotary
-from steadyvq.generation.prior_task import PriorTask, load_prior, with_counted_tokens
+from steadyvq.generation.prior_task import PriorTask
+from steadyvq.generation.priors import load_prior, with_counted_tokens
 from steadyvq.generation.sampling import (
     SamplingConfig,
     class_numbers,

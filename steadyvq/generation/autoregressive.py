@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from steadyvq.generation.priors import PriorModel
 from steadyvq.training.prior_config import PriorConfig
 
 MISSING = "the autoregressive prior is built on transformers: pip install 'steadyvq[ar]'"
@@ -165,7 +166,7 @@ class DigitHead(TokenHead):
         return scores.masked_fill(beyond, float("-inf"))
 
 
-class AutoregressivePrior(nn.Module):
+class AutoregressivePrior(PriorModel):
     """A distribution over token grids, given a class.
 
     Args:
