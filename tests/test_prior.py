@@ -20,7 +20,8 @@ from steadyvq.data import EvaluationCrops, load_collection, open_source
 from steadyvq.generation import TokenSet, TokenWriter, Views, tokenizer_hash
 from steadyvq.generation.autoregressive import AutoregressivePrior
 from steadyvq.generation.body import Rotary, places_of
-from steadyvq.generation.prior_task import PriorTask, load_prior, with_counted_tokens
+from steadyvq.generation.prior_task import PriorTask
+from steadyvq.generation.priors import load_prior, with_counted_tokens
 from steadyvq.generation.sampling import (
     SamplingConfig,
     class_numbers,

@@ -15,7 +15,7 @@ from steadyvq.cli.distances import feature_networks
 from steadyvq.cli.tokens import device_of
 from steadyvq.data import EvaluationCrops, ImageSource, open_photographs
 from steadyvq.generation.judge import PROTOCOL, judge_samples, read_samples
-from steadyvq.generation.prior_task import TrainedPrior, load_prior
+from steadyvq.generation.priors import TrainedPrior, load_prior
 from steadyvq.generation.sampler import Sampler, SampleSettings
 from steadyvq.generation.sampling import SamplingConfig, class_numbers
 from steadyvq.generation.shares import share_of

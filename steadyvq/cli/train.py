@@ -15,8 +15,8 @@ from steadyvq.cli.common import check_output, say, table
 from steadyvq.experiments.arms import ArmFailed
 from steadyvq.experiments.demo import NOTE, run_demo
 from steadyvq.experiments.generate import run_generate
-from steadyvq.generation import TokenSet
-from steadyvq.generation.prior_task import PriorTask, with_counted_tokens
+from steadyvq.generation.priors import KINDS, prior_task
+from steadyvq.generation.token_task import TokenTask
 from steadyvq.report import comparison_table, write_report
 from steadyvq.training.config import RunConfig, read_recipe, resolve, with_absolute_paths
 from steadyvq.training.loop import MAY_CHANGE, Diverged, Engine, Interrupted
@@ -77,11 +77,10 @@ def begin(config: RunConfig, path: Path, processes: Processes | None = None, *, 
     return _fit(task, RunFolder(path, task.config), processes, resume=False)
 
 
-def make_task(config: RunConfig) -> TokenizerTask | PriorTask:
+def make_task(config: RunConfig) -> TokenizerTask | TokenTask:
     """What a configuration trains; `task.config` has the length of an epoch, where that was to be counted."""
-    if config.task == "autoregressive":
-        tokens = TokenSet(config.data.source)
-        return PriorTask(with_counted_tokens(config, tokens), tokens)
+    if config.task in KINDS:
+        return prior_task(config)
     photographs = load_photographs(config)
     return TokenizerTask(with_counted_epoch(config, photographs), photographs)
 
@@ -152,8 +151,8 @@ def _changed(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
     return with_absolute_paths(resolve(config.to_dict(), arguments.set, overrides))
 
 
-def _tell_about_data(task: TokenizerTask | PriorTask) -> None:
-    if isinstance(task, PriorTask):
+def _tell_about_data(task: TokenizerTask | TokenTask) -> None:
+    if isinstance(task, TokenTask):
         classes = f"{len(task.classes)} classes" if task.classes else "no classes"
         say(
             f"tokens of {len(task.train_rows)} images, {task.tokens.num_views} views each, {task.tokens.num_codes:,} codes, "
@@ -221,7 +220,7 @@ def _fit(task: Task, run: RunFolder, processes: Processes, *, resume: bool) -> i
     if not processes.is_first:
         return 0
     page = write_report([run.path], run.path / "report.html")
-    table(final_rows(run) if isinstance(task, PriorTask) else comparison_table([run.path]))
+    table(final_rows(run) if isinstance(task, TokenTask) else comparison_table([run.path]))
     say(f"report: {page}")
     return 0
 

@@ -25,7 +25,7 @@ from steadyvq.data import open_source
 from steadyvq.files import write_text
 from steadyvq.generation import TokenSet, TokenWriter, Views
 from steadyvq.generation.judge import features_of
-from steadyvq.generation.prior_task import PriorTask, load_prior, with_counted_tokens
+from steadyvq.generation.priors import KINDS, load_prior, prior_task
 from steadyvq.generation.sampler import Sampler, SampleSettings
 from steadyvq.metrics import to_uint8
 from steadyvq.metrics.frechet import FeatureStatistics, frechet_distance, kernel_distance
@@ -135,12 +135,7 @@ def _train(path: Path, config: RunConfig) -> None:
     begun = (path / "config.yaml").is_file()
     if begun and json.loads((path / "run.json").read_text()).get("status") == "done":
         return
-    task: TokenizerTask | PriorTask
-    if config.task == "autoregressive":
-        tokens = TokenSet(config.data.source)
-        task = PriorTask(with_counted_tokens(config, tokens), tokens)
-    else:
-        task = TokenizerTask(config)
+    task = prior_task(config) if config.task in KINDS else TokenizerTask(config)
     run = RunFolder(path, task.config)
     engine = Engine(task, run, resume=begun)
     if not begun:

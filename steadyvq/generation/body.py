@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from steadyvq.generation.priors import PriorModel
 from steadyvq.generation.sampling import SamplingConfig, draw, guided_logits, probabilities
 from steadyvq.training.prior_config import PriorConfig
 
@@ -188,7 +189,7 @@ class DigitHead(TokenHead):
         return scores.masked_fill(beyond, float("-inf"))
 
 
-class TokenPrior(nn.Module, ABC):
+class TokenPrior(PriorModel, ABC):
     """What every prior over tokens has.
 
     Args:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from steadyvq.data.shards import read_json
 from steadyvq.files import write_atomically, write_text
-from steadyvq.generation.prior_task import TrainedPrior
-from steadyvq.generation.sampling import SamplingConfig, balanced_labels, sample_tokens
+from steadyvq.generation.priors import Drawing, TrainedPrior
+from steadyvq.generation.sampling import SamplingConfig, balanced_labels
 from steadyvq.generation.shares import Share
 from steadyvq.generation.tokens import refuse_other_tokenizer, tokenizer_hash
 from steadyvq.metrics import to_uint8
@@ -34,13 +34,13 @@ class SampleSettings:
         count: Pictures in all.
         seed: Of the set.
         classes: Numbers of the classes that take turns; all if there are none here.
-        drawing: How tokens are drawn.
+        drawing: How tokens are drawn, of the prior's kind.
     """
 
     count: int
     seed: int = 0
     classes: tuple[int, ...] = ()
-    drawing: SamplingConfig = field(default_factory=SamplingConfig)
+    drawing: Drawing = field(default_factory=SamplingConfig)
 
 
 class Sampler:
@@ -87,7 +87,7 @@ class Sampler:
         if settings.drawing.guidance != 1 and not prior.model.num_classes:
             raise ValueError(f"guidance is {settings.drawing.guidance}, but this prior knows no classes: leave it at 1")
         self.tokenizer, self.out, self.settings, self.batch = tokenizer, out, settings, batch
-        self.model = prior.model
+        self.kind, self.model = prior.kind, prior.model
         self._begin(digest(self.model.state_dict()))
         self.model.to(device, dtype)
         own = share or Share()
@@ -139,19 +139,17 @@ class Sampler:
 
     @torch.no_grad()
     def tokens(self, numbers: Sequence[int]) -> Tensor:
-        """Token grids (B, h, w) of pictures."""
+        """Tokens of pictures, as `Tokenizer.decode` takes them."""
         labels = balanced_labels(self.model, self.settings.classes, numbers)
         device = next(self.model.parameters()).device
-        drawn = sample_tokens(self.model, labels.to(device), self.settings.seed, numbers, self.settings.drawing)
-        return drawn.cpu().reshape(-1, *self.model.grid)
+        settings = self.settings
+        drawn = self.kind.draw(self.model, labels.to(device), settings.seed, numbers, settings.drawing, self.tokenizer)
+        return drawn.cpu()
 
     @torch.no_grad()
     def images(self, numbers: Sequence[int]) -> Tensor:
         """Pictures (B, 3, H, W) uint8."""
         grids = self.tokens(numbers)
-        beyond = int(grids.max()) >= self.tokenizer.quantizer.num_codes
-        # A prior with more codes than the tokenizer may name one that does not exist; the last one stands in for it.
-        grids = grids.clamp_max(self.tokenizer.quantizer.num_codes - 1) if beyond else grids
         device = next(self.tokenizer.parameters()).device
         # One at a time, so that the decoder's rounding does not depend on the batch either.
         images = [self.tokenizer.decode(grid[None].to(device)).cpu() for grid in grids]

@@ -15,23 +15,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from steadyvq.data.crops import uniforms
+from steadyvq.generation.priors import Drawing, PriorModel
 
 _DRAWS = 3
 """In the key of the uniform numbers, so that they are not those of training."""
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Drawing):
     """How tokens are drawn.
 
     Attributes:
-        guidance: s; 1 is the conditional model itself.
         temperature: Logits are divided by it; 0 takes the likeliest token.
         top_k: Only so many likeliest codes (0: all).
         top_p: Only the likeliest codes that together have this probability.
     """
 
-    guidance: float = 1.0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -140,7 +139,7 @@ def class_numbers(wanted: Sequence[str], classes: Sequence[str]) -> list[int]:
     return [known[name] for name in wanted]
 
 
-def balanced_labels(prior: "AutoregressivePrior", chosen: Sequence[int], numbers: Sequence[int]) -> Tensor:
+def balanced_labels(prior: PriorModel, chosen: Sequence[int], numbers: Sequence[int]) -> Tensor:
     """The class of each sample: the chosen ones in turn, of all if none is chosen; none where the prior knows none."""
     turn = list(chosen) or list(range(prior.num_classes)) or [prior.null]
     return torch.tensor(np.array(turn)[np.array(numbers) % len(turn)])

@@ -169,6 +169,10 @@ class TokenSet:
             )
         return np.flatnonzero(self._splits == SPLITS.index(split))
 
+    def rows_or_all(self, split: str) -> NDArray[np.int64]:
+        """Numbers of the images of a split; all of them where there is only one."""
+        return self.rows(split if len(self.splits) > 1 else "all")
+
     def read(self, rows: ArrayLike, views: ArrayLike = 0) -> NDArray[Any]:
         """Tokens (B, tokens) of images, each in one of its views, in the type they are stored in.
 

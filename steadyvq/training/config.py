@@ -27,14 +27,17 @@ ADDED_TO_STAGES = ("ramp",)
 FROZEN_BY = {"all": (), "decoder": ("encoder", "quantizer"), "codebook": ("encoder", "decoder")}
 """By `train`, the parts that it freezes in every stage."""
 
+_UNUSED_BY_PRIORS = (
+    *("model", "quantizer", "reconstruction", "latent", "perceptual", "perceptual_net", "perceptual_weights"),
+    *("adversarial", "init_from", "init_parts", "train", "probe_images", "optim.codebook_lr", "optim.codebook_eps"),
+    *("data.crop_size", "data.min_scale", "data.max_scale", "data.flip", "data.max_side", "data.test_fraction"),
+    *("data.streaming", "data.workers"),
+)
 UNUSED: dict[str, tuple[str, ...]] = {
     "tokenizer": ("task", "prior"),
-    "autoregressive": (
-        *("model", "quantizer", "reconstruction", "latent", "perceptual", "perceptual_net", "perceptual_weights"),
-        *("adversarial", "init_from", "init_parts", "train", "probe_images", "optim.codebook_lr", "optim.codebook_eps"),
-        *("data.crop_size", "data.min_scale", "data.max_scale", "data.flip", "data.max_side", "data.test_fraction"),
-        *("data.streaming", "data.workers"),
-    ),
+    "autoregressive": _UNUSED_BY_PRIORS,
+    "masked": _UNUSED_BY_PRIORS,
+    "next_scale": _UNUSED_BY_PRIORS,
 }
 """By task, the settings that mean nothing to it: they are refused if they are set, and not written down."""
 
@@ -175,7 +178,8 @@ class RunConfig:
 
     Attributes:
         title: Shown in reports.
-        task: What is trained: a `tokenizer` on photographs, or an `autoregressive` prior on stored tokens.
+        task: What is trained: a `tokenizer` on photographs, or on stored tokens an `autoregressive`, a `masked` or a
+            `next_scale` prior.
         data: Photographs and crops, or as `data.source` a folder of stored tokens.
         prior: The prior, if that is the task.
         model: Encoder and decoder.
@@ -216,7 +220,7 @@ class RunConfig:
     """
 
     title: str = ""
-    task: Literal["tokenizer", "autoregressive"] = "tokenizer"
+    task: Literal["tokenizer", "autoregressive", "masked", "next_scale"] = "tokenizer"
     data: DataConfig = field(default_factory=DataConfig)
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
