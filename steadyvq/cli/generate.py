@@ -4,6 +4,7 @@
 import argparse
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -15,10 +16,11 @@ from steadyvq.cli.distances import feature_networks
 from steadyvq.cli.tokens import device_of
 from steadyvq.data import EvaluationCrops, ImageSource, open_photographs
 from steadyvq.generation.judge import PROTOCOL, judge_samples, read_samples
-from steadyvq.generation.priors import TrainedPrior, load_prior
+from steadyvq.generation.priors import Drawing, TrainedPrior, load_prior
 from steadyvq.generation.sampler import Sampler, SampleSettings
-from steadyvq.generation.sampling import SamplingConfig, class_numbers
+from steadyvq.generation.sampling import class_numbers
 from steadyvq.generation.shares import share_of
+from steadyvq.generation.token_task import TokenTask
 from steadyvq.generation.tokens import TOKENIZER
 from steadyvq.metrics import EvaluationRecord, conditions, write_record
 from steadyvq.metrics.protocol import protocol_id
@@ -26,6 +28,9 @@ from steadyvq.models import Tokenizer
 from steadyvq.training.progress import ProgressReport
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+DRAWN_BY = ("guidance", "temperature", "top_k", "top_p", "steps", "choice_temperature")
+"""Options of `sample` that say how a prior is drawn from; each kind knows some."""
 
 
 def sample(arguments: argparse.Namespace) -> int:
@@ -36,7 +41,7 @@ def sample(arguments: argparse.Namespace) -> int:
     prior = load_prior(_prior_folder(arguments.run))
     tokenizer, name = _tokenizer_for(prior, arguments.tokenizer, arguments.quantizer)
     wanted = [] if arguments.classes is None else arguments.classes.split(",")
-    drawing = SamplingConfig(arguments.guidance, arguments.temperature, arguments.top_k, arguments.top_p)
+    drawing = _drawing(prior.kind, arguments)
     chosen = tuple(class_numbers(wanted, prior.classes))
     settings = SampleSettings(arguments.num, arguments.seed, chosen, drawing)
     default = "float64" if device.type == "cpu" else "float32"
@@ -64,6 +69,20 @@ def sample(arguments: argparse.Namespace) -> int:
     ending = f", the first {min(64, arguments.num)} side by side in grid.png" if complete else ""
     say(f"{sampler.total} pictures{part}: {arguments.out}{ending}")
     return 0
+
+
+def _drawing(kind: type[TokenTask], arguments: argparse.Namespace) -> Drawing:
+    """The options of drawing that were given, which must be ones that the kind of prior knows."""
+    given = {name: value for name in DRAWN_BY if (value := getattr(arguments, name)) is not None}
+    known = [field.name for field in fields(kind.drawing)]
+    for name in given:
+        if name not in known:
+            options = ", ".join(f"--{other.replace('_', '-')}" for other in known)
+            raise ValueError(
+                f"--{name.replace('_', '-')} means nothing to a prior of the kind {kind.kind!r}, which is drawn from with "
+                f"{options}: leave it out"
+            )
+    return kind.drawing(**given)
 
 
 def _prior_folder(run: Path) -> Path:

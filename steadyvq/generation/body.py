@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the priors over tokens are made of: transformers' Llama as the body, rotary embeddings in two dimensions, classes, heads.
+"""What priors over tokens are made of: transformers' Llama as the body, rotary embeddings in two dimensions, classes, heads.
 
 Of Llama a prior takes what LlamaGen's model (arXiv 2406.06525) has: RMS norms, SwiGLU of width 256 ceil(floor(8 d / 3) / 256),
 no biases. Which tokens see which is a mask that the prior gives.
