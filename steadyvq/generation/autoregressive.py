@@ -32,7 +32,6 @@ class AutoregressivePrior(TokenPrior):
         size = config.chosen
         rotary = Rotary(places_of(grid), size.width // size.heads, config.rope_base, first=1)
         super().__init__(config, vocabulary, grid, num_classes, rotary)
-        self.grid = grid
 
     def read(
         self, tokens: Int[Tensor, "B L"], labels: Int[Tensor, "B"] | None, cache: Any = None

@@ -81,7 +81,6 @@ class MaskedPrior(TokenPrior):
         width = config.chosen.width
         rotary = Rotary(places_of(grid), width // config.chosen.heads, config.rope_base, first=1)
         super().__init__(config, vocabulary, grid, num_classes, rotary)
-        self.grid = grid
         self.places = nn.Embedding(self.num_tokens, width)
         self.mask = nn.Embedding(1, width)
         for table in (self.places, self.mask):
@@ -115,9 +114,9 @@ class MaskedPrior(TokenPrior):
         for step, count in enumerate(counts):
             drawn, log_p = self._drawn(tokens, hidden, labels, seed, numbers, config, step)
             tokens = torch.where(hidden, drawn, tokens)
-            uniform = keyed_uniforms(self.num_tokens, seed, numbers, step, _SURENESS).to(log_p)
+            uniform = keyed_uniforms(self.num_tokens, seed, numbers, step, _SURENESS).to(log_p.device)
             gumbel = -(-uniform.log()).log()
-            sureness = log_p + config.choice_temperature * (1 - (step + 1) / len(counts)) * gumbel
+            sureness = log_p.double() + config.choice_temperature * (1 - (step + 1) / len(counts)) * gumbel
             order = sureness.masked_fill(~hidden, math.inf).argsort(dim=1, stable=True)
             hidden = torch.zeros_like(hidden).scatter(1, order[:, :count], True)
         return tokens

@@ -85,7 +85,7 @@ def downstream(cell: Cell) -> Values:
     tokenizer, crops, _ = tokenizer_and_crops(path)
     shared = read_tensors(cell.inputs[PHOTOGRAPHS] / "photographs.safetensors")
     tokens = tokenise(tokenizer, config.data, cell.folder / "tokens", settings["views"], cell.seed, quiet=True)
-    learnt = _learn(cell, tokens)
+    learnt = _learn(cell, tokens, config.data.eval_split)
     record = final_record(path).metrics
     found: Values = {"psnr": record["psnr"], "of_ceiling": record["utilization"] / record["ceiling"]}
     found |= _bits(learnt, tokenizer, crops.images, shared["colour"], settings["equal_psnr"])
@@ -101,9 +101,10 @@ def downstream(cell: Cell) -> Values:
     return rounded | {"photographs": {"psnr": psnr_by_photograph(path)}}
 
 
-def _learn(cell: Cell, tokens: TokenSet) -> Learnt:
+def _learn(cell: Cell, tokens: TokenSet, held_out: str) -> Learnt:
     """The prior, trained for its steps on the tokens of training photographs."""
-    wanted = {"task": "autoregressive", "seed": cell.seed, "data": {"source": str(tokens.folder)}}
+    data = {"source": str(tokens.folder), "eval_split": held_out}
+    wanted = {"task": "autoregressive", "seed": cell.seed, "data": data}
     config = resolve(merge(dict(cell.settings["prior"]), wanted))
     run = fresh_run(cell.folder, config)
     Engine(prior_task(config, tokens), run, quiet=True).fit()
@@ -198,7 +199,7 @@ def _same_order(results: Results) -> Decision:
 def _prior(size: Mapping[str, Any], steps: int, batch: int, lr: float = 3e-3) -> Values:
     """Configuration of the prior, of one epoch."""
     return {
-        "data": {"epoch_samples": steps * batch, "eval_split": "test", "eval_crops": 64},
+        "data": {"epoch_samples": steps * batch, "eval_crops": 64},
         "prior": {**size, "label_dropout": 0.0, "dropout": 0.05, "shown": 0},
         "optim": {"lr": lr, "decay": "cosine", "warmup_steps": 20, "betas": [0.9, 0.95], "ema_decay": 0.99},
         "epochs": 1,
