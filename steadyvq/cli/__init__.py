@@ -82,8 +82,9 @@ def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     demo.add_argument("--data", help="a folder of images (default: the built-in photographs of mvtb-data)")
     demo.add_argument(
-        "--out", type=Path, help="where the runs and report.html go (default: runs/demo or runs/generate)"
+        "--out", type=Path, help="where the runs and report.html go (default: runs/demo, runs/generate, ...)"
     )
+    demo.add_argument("--prior", choices=("autoregressive", "diffusion"), help="of generate (default: autoregressive)")
     demo.add_argument("--arms", help="comma-separated arms (default: all of the recipe)")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting for all arms")
@@ -244,6 +245,9 @@ def _add_tokens(commands: "argparse._SubParsersAction[Parser]") -> None:
     tokenize.add_argument("--shard-images", type=int, default=4096, help="images in one shard (default: 4096)")
     tokenize.add_argument("--batch", type=int, default=32, help="crops in one forward (default: 32)")
     tokenize.add_argument("--threads", type=int, default=4, help="images read at the same time (default: 4)")
+    tokenize.add_argument(
+        "--latents", choices=("float32", "float16"), help="store the latents before quantization too, for diffusion"
+    )
     _add_parts(tokenize)
     tokenize.add_argument("--quantizer", metavar="FILE.py:FUNCTION", help="where your own quantizer lies, if moved")
     tokens = commands.add_parser("tokens", help="look at stored tokens, copy them for others", allow_abbrev=False)
@@ -272,11 +276,14 @@ def _add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
     sample.add_argument("--temperature", type=float, help="0: the likeliest token (default: 1)")
     sample.add_argument("--top-k", type=int, help="draw from the likeliest so many codes (default: 0, all)")
     sample.add_argument("--top-p", type=float, help="draw from the likeliest codes of this share (default: 1)")
-    sample.add_argument("--steps", type=int, help="of a masked prior: steps in which all tokens are drawn (default: 8)")
+    sample.add_argument("--scheduler", help="of diffusion: ddpm, ddim (default), dpm++, or flow for flow matching")
     sample.add_argument(
-        "--choice-temperature",
-        type=float,
-        help="of a masked prior: how much chance decides which tokens stay (default: 4.5)",
+        "--steps",
+        type=int,
+        help="from noise to a picture (diffusion, default: 50) or to all tokens (masked, default: 8)",
+    )
+    sample.add_argument(
+        "--choice-temperature", type=float, help="of a masked prior: how much chance decides what stays (default: 4.5)"
     )
     sample.add_argument("--batch", type=int, default=64, help="pictures drawn together (default: 64)")
     sample.add_argument(

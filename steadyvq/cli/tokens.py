@@ -62,6 +62,7 @@ def tokenize(arguments: argparse.Namespace) -> int:
         batch=arguments.batch,
         share=share,
         threads=arguments.threads,
+        latents=arguments.latents,
     )
     if writer.done:
         say(f"{writer.done} of {writer.total} images lie in finished shards of {arguments.out} already")
@@ -88,7 +89,7 @@ def _tell_about(tokens: TokenSet, skipped: list[tuple[str, str]]) -> None:
     if len(skipped) > SKIPPED_SHOWN:
         say(f"and {len(skipped) - SKIPPED_SHOWN} more were skipped")
     shape, views = "x".join(map(str, tokens.shape)), tokens.num_views
-    mega = sum(shard.bytes for shard in tokens.shards) / 1e6
+    mega = sum(shard.bytes for shard in (*tokens.shards, *tokens.latent_shards)) / 1e6
     say(f"{len(tokens)} images, {views} view{'s' * (views > 1)} of {shape} tokens, {mega:.1f} MB: {tokens.folder}")
 
 
@@ -130,7 +131,7 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 def _verify(found: TokenSet) -> None:
-    with ProgressReport("verify (bytes)", sum(shard.bytes for shard in found.shards)) as progress:
+    with ProgressReport("verify (bytes)", sum(s.bytes for s in (*found.shards, *found.latent_shards))) as progress:
         problems = found.verify(progress.advance_by)
     if problems:
         raise ValueError("; ".join(problems[:3]))

@@ -6,7 +6,7 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,23 +220,16 @@ def _fit(task: Task, run: RunFolder, processes: Processes, *, resume: bool) -> i
     if not processes.is_first:
         return 0
     page = write_report([run.path], run.path / "report.html")
-    table(final_rows(run) if isinstance(task, TokenTask) else comparison_table([run.path]))
+    table(final_rows(run, task.columns) if isinstance(task, TokenTask) else comparison_table([run.path]))
     say(f"report: {page}")
     return 0
 
 
-def final_rows(run: RunFolder) -> list[dict[str, str]]:
-    """The last evaluation of a prior."""
+def final_rows(run: RunFolder, columns: Mapping[str, tuple[str, str]]) -> list[dict[str, str]]:
+    """The last evaluation of a prior: metrics and their formats by heading."""
     rows = [json.loads(line) for line in run.log_path.read_text().splitlines()]
     last = [row for row in rows if row["kind"] == "eval"][-1]
-    return [
-        {
-            "run": run.config.title,
-            "cross-entropy (nats per token)": f"{last['cross_entropy']:.4f}",
-            "bits per image": f"{last['bits_per_image']:.1f}",
-            "held-out images": f"{last['held_out_images']:.0f}",
-        }
-    ]
+    return [{"run": run.config.title} | {title: format(last[key], form) for title, (key, form) in columns.items()}]
 
 
 def _say_nothing(line: str) -> None:
@@ -257,6 +250,8 @@ def demo(arguments: argparse.Namespace) -> int:
     """Trains the arms of the demo and shows them side by side."""
     if arguments.what == "generate":
         return _generate(arguments)
+    if arguments.prior is not None:
+        raise ValueError("--prior is for `steadyvq demo generate`: leave it out")
     arms = None if arguments.arms is None else arguments.arms.split(",")
     arguments.out = arguments.out or Path("runs/demo")
     try:
@@ -279,10 +274,12 @@ def _generate(arguments: argparse.Namespace) -> int:
     """From photographs to new pictures."""
     if arguments.arms is not None:
         raise ValueError("--arms is for the demo of collapse: leave it out")
-    out = arguments.out or Path("runs/generate")
+    kind = arguments.prior or "autoregressive"
+    # Each has its folder: they keep other things of the photographs.
+    out = arguments.out or Path("runs") / ("generate" if kind == "autoregressive" else f"generate-{kind}")
     check_output(out, folder=True)
     try:
-        made = run_generate(out, data=arguments.data, seed=arguments.seed, sets=arguments.set)
+        made = run_generate(out, data=arguments.data, prior=kind, seed=arguments.seed, sets=arguments.set)
     except (Interrupted, KeyboardInterrupt):
         say(f"stopped; what is done is kept, go on with: steadyvq {shlex.join(sys.argv[1:])}")
         return INTERRUPTED

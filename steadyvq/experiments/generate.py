@@ -3,6 +3,7 @@
 
     steadyvq demo generate                      # minutes on a laptop
     steadyvq demo generate --data my_photos/
+    steadyvq demo generate --prior diffusion
 
 The samples are judged beside two rivals that need no prior: every token drawn from what is usual at its place, and real
 grids whose tokens are shuffled. All are decoded by the same tokenizer and compared with the same crops of the training
@@ -41,9 +42,13 @@ from steadyvq.training.run import RunFolder, source_commit
 from steadyvq.training.tokenizer_task import TokenizerTask
 
 VIEWS, JUDGED, SHOWN = 128, 1024, 64
+RECIPES = {"autoregressive": "generate_prior", "diffusion": "generate_diffusion"}
+"""By kind of prior."""
+DRAWN = {"diffusion": {"scheduler": "dpm++", "steps": 20}}
+"""How each kind is drawn from, where its own default takes longer than a demo should."""
 NOTE = (
     "A tokenizer was trained on the photographs, {views} crops of each of {images} training photographs were tokenised, "
-    "and a small autoregressive prior without classes learnt the tokens. Below: pictures that it drew, and what they are "
+    "and a small {kind} prior without classes learnt {what}. Below: pictures that it drew, and what they are "
     "compared with."
 )
 NUMBERS = (
@@ -70,13 +75,21 @@ class Generated:
 
 
 def run_generate(
-    out: Path, *, data: str | None, seed: int = 0, sets: Sequence[str] = (), views: int = VIEWS, judged: int = JUDGED
+    out: Path,
+    *,
+    data: str | None,
+    prior: str = "autoregressive",
+    seed: int = 0,
+    sets: Sequence[str] = (),
+    views: int = VIEWS,
+    judged: int = JUDGED,
 ) -> Generated:
     """Does what is not done yet, and judges.
 
     Args:
         out: The folder; given again, it goes on.
         data: A folder of images (None: the built-in photographs).
+        prior: A name of `RECIPES`.
         seed: Of everything.
         sets: Settings for the prior.
         views: Random crops of each photograph that are tokenised.
@@ -90,7 +103,8 @@ def run_generate(
     photographs = {} if data is None else {"data": {"source": data}}
     config = with_absolute_paths(resolve(read_recipe("generate_tokenizer"), (), {**overrides, **photographs}))
     learning = {**overrides, "data": {"source": str(out / "tokens")}}
-    prior_config = with_absolute_paths(resolve(read_recipe("generate_prior"), sets, learning))
+    prior_config = with_absolute_paths(resolve(read_recipe(RECIPES[prior]), sets, learning))
+    on_latents = prior == "diffusion" and prior_config.diffusion.space == "latents"
     seconds: dict[str, float] = {}
     clock = time.monotonic()
 
@@ -102,17 +116,13 @@ def run_generate(
     _train(out / "tokenizer", config)
     tokenizer = Tokenizer.from_pretrained(out / "tokenizer" / "tokenizer")
     lap("tokenizer")
-    tokens = tokenise(tokenizer, config.data, out / "tokens", views, seed)
+    tokens = tokenise(tokenizer, config.data, out / "tokens", views, seed, latents=on_latents)
     lap("tokens")
     _train(out / "prior", prior_config)
     lap("prior")
-    sampler = Sampler(
-        load_prior(out / "prior" / "prior"),
-        tokenizer,
-        "the demo's tokenizer",
-        out / "samples",
-        SampleSettings(SHOWN, seed),
-    )
+    trained = load_prior(out / "prior" / "prior")
+    settings = SampleSettings(SHOWN, seed, drawing=trained.kind.drawing(**DRAWN.get(prior, {})))
+    sampler = Sampler(trained, tokenizer, "the demo's tokenizer", out / "samples", settings)
     with ProgressReport("sample", SHOWN, SHOWN - len(sampler.missing)) as progress:
         sampler.draw(progress.advance_by)
     sets_of = _sets(sampler, tokenizer, tokens, judged, seed)
@@ -123,7 +133,8 @@ def run_generate(
     pictures = {"drawn by the prior": image_grid(sets_of["prior"][:SHOWN])}
     pictures |= {_TITLES[name]: image_grid(images[:SHOWN]) for name, images in sets_of.items() if name != "prior"}
     pictures["crops of training photographs"] = image_grid(real[:SHOWN])
-    notes = [NOTE.format(views=views, images=len(_train_rows(tokens))), NUMBERS.format(count=judged)]
+    told = {"kind": prior, "what": "the latents before quantization" if on_latents else "the tokens"}
+    notes = [NOTE.format(views=views, images=len(tokens.rows_or_all("train")), **told), NUMBERS.format(count=judged)]
     page = write_samples_report(out / "report.html", "From tokens to pictures", notes, rows, pictures)
     facts = {"commit": source_commit(), "tokenizer": config.hash(), "prior": prior_config.hash(), "seconds": seconds}
     write_text(out / "generate.json", json.dumps({**facts, "count": judged, **metrics}, indent=2) + "\n")
@@ -144,19 +155,23 @@ def _train(path: Path, config: RunConfig) -> None:
 
 
 def tokenise(
-    tokenizer: Tokenizer, data: DataConfig, out: Path, views: int, seed: int, *, quiet: bool = False
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    out: Path,
+    views: int,
+    seed: int,
+    *,
+    latents: bool = False,
+    quiet: bool = False,
 ) -> TokenSet:
     """Tokens of crops of all photographs, cut as those that the tokenizer was trained on."""
     source = open_source(data.source, data.crop_size, data.max_side)
     cut = Views(f"random-{views}", data.crop_size, scales=(data.min_scale, data.max_scale), seed=seed)
-    writer = TokenWriter(tokenizer, "the demo's tokenizer", source, out, cut, shard_images=8, threads=1)
+    kept = "float32" if latents else None
+    writer = TokenWriter(tokenizer, "the demo's tokenizer", source, out, cut, shard_images=8, threads=1, latents=kept)
     with ProgressReport("tokenize", writer.total, writer.done, quiet=quiet) as progress:
         writer.write(progress.advance_by)
     return TokenSet(out)
-
-
-def _train_rows(tokens: TokenSet) -> NDArray[np.int64]:
-    return tokens.rows("train" if len(tokens.splits) > 1 else "all")
 
 
 _TITLES = {
@@ -169,7 +184,7 @@ _TITLES = {
 def _sets(sampler: Sampler, tokenizer: Tokenizer, tokens: TokenSet, count: int, seed: int) -> dict[str, Tensor]:
     """Pictures (N, 3, S, S) uint8 of the prior and of its rivals."""
     rng = np.random.default_rng(seed)
-    train = _train_rows(tokens)
+    train = tokens.rows_or_all("train")
     every = np.concatenate([tokens.read(train, view) for view in range(tokens.num_views)]).astype(np.int64)
     places = np.arange(tokens.num_tokens)
     marginals = every[rng.integers(0, len(every), (count, tokens.num_tokens)), places]

@@ -34,6 +34,11 @@ class PriorTask(TokenTask):
     model: ClassVar[Any] = AutoregressivePrior
     watchable = frozenset({"loss", "cross_entropy"})
     best = ("cross_entropy", "min")
+    columns: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "cross-entropy (nats per token)": ("cross_entropy", ".4f"),
+        "bits per image": ("bits_per_image", ".1f"),
+        "held-out images": ("held_out_images", ".0f"),
+    }
     prior: TokenPrior
 
     def check_tokens(self) -> None:

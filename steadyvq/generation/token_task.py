@@ -67,6 +67,7 @@ class TokenTask(Task):
         kind: Name of the task in configurations and saved priors.
         group: Where its settings stand in a configuration.
         drawing: How it is drawn from.
+        columns: Of the table at the end of a run: the name of a metric of `validate` and its format, by heading.
 
     Raises:
         ValueError: The tokens do not fit the configuration.
@@ -77,6 +78,7 @@ class TokenTask(Task):
     kind: ClassVar[str]
     group: ClassVar[str] = "prior"
     drawing: ClassVar[type[Drawing]]
+    columns: ClassVar[Mapping[str, tuple[str, str]]]
     prior: PriorModel
 
     def __init__(self, config: RunConfig, tokens: TokenSet | None = None) -> None:

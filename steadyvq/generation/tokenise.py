@@ -28,6 +28,7 @@ from steadyvq.generation.shares import Share
 from steadyvq.generation.tokens import (
     FORMAT,
     LABELS,
+    LATENT_TYPES,
     META,
     PLAN,
     SPLIT_CODES,
@@ -48,11 +49,18 @@ Cut = tuple[int, UInt8[Tensor, "V 3 S S"] | str]
 """Number of a photograph, and its views, or the reason why there are none."""
 
 
-@torch.no_grad()
 def encode_views(
     tokenizer: Tokenizer, cuts: Iterable[tuple[Item, Tensor]], views: int, batch: int
 ) -> Iterator[tuple[list[Item], Tensor]]:
-    """Tokens of photographs, some at a time, on the tokenizer's device.
+    """Tokens of photographs, some at a time, as `encode_views_with_latents` gives them."""
+    return ((items, tokens) for items, tokens, _ in encode_views_with_latents(tokenizer, cuts, views, batch))
+
+
+@torch.no_grad()
+def encode_views_with_latents(
+    tokenizer: Tokenizer, cuts: Iterable[tuple[Item, Tensor]], views: int, batch: int
+) -> Iterator[tuple[list[Item], Tensor, Tensor]]:
+    """Tokens of photographs and the latents that they were looked up for, some at a time, on the tokenizer's device.
 
     Args:
         tokenizer: In evaluation mode.
@@ -61,16 +69,17 @@ def encode_views(
         batch: Crops in one forward.
 
     Yields:
-        What stood beside the views, and tokens (B, V, ...) as `Tokenizer.encode` has them.
+        What stood beside the views, tokens (B, V, ...) as `Tokenizer.encode` has them, and latents (B, V, d, h, w).
     """
     device = next(tokenizer.parameters()).device
     rest = iter(cuts)
     while group := list(islice(rest, max(1, batch // views))):
         crops = torch.cat([cut for _, cut in group])
         with full_precision(device):
-            found = [tokenizer.encode(to_float(part).to(device)).cpu() for part in torch.split(crops, batch)]
-        tokens = torch.cat(found)
-        yield [item for item, _ in group], tokens.reshape(len(group), views, *tokens.shape[1:])
+            inputs = [tokenizer.latents(to_float(part).to(device)) for part in torch.split(crops, batch)]
+            found = [tokenizer.quantizer.encode(part).cpu() for part in inputs]
+        both = (torch.cat(parts).unflatten(0, (len(group), views)) for parts in (found, [z.cpu() for z in inputs]))
+        yield [item for item, _ in group], *both
 
 
 class TokenWriter:
@@ -86,6 +95,7 @@ class TokenWriter:
         batch: Crops in one forward.
         share: The part of this process.
         threads: Photographs that are read at the same time.
+        latents: Type in which the latents before quantization are stored too, float32 or float16 (None: they are not).
 
     Attributes:
         total: Photographs in the part of this process.
@@ -107,18 +117,21 @@ class TokenWriter:
         batch: int = 32,
         share: Share | None = None,
         threads: int = 4,
+        latents: str | None = None,
     ) -> None:
         if min(shard_images, batch, threads) < 1:
             raise ValueError(
                 f"shard images are {shard_images}, batch {batch} and threads {threads}, but each must be at least 1"
             )
+        if latents not in (None, *LATENT_TYPES):
+            raise ValueError(f"latents are to be {latents!r}, but they are stored as {' or '.join(LATENT_TYPES)}")
         if views.size % tokenizer.downsampling:
             raise ValueError(
                 f"the size of a view is {views.size}, but it must be a multiple of the tokenizer's downsampling "
                 f"{tokenizer.downsampling}"
             )
         self.tokenizer, self.source, self.out, self.views = tokenizer, source, out, views
-        self.shard_images, self.batch, self.threads = shard_images, batch, threads
+        self.shard_images, self.batch, self.threads, self.latents = shard_images, batch, threads, latents
         side = views.size // tokenizer.downsampling
         self.shape = tuple(tokenizer.quantizer.index_shape((1, side, side))[1:])
         self.plan = self._plan(name)
@@ -146,6 +159,7 @@ class TokenWriter:
             "shard_images": self.shard_images,
             "batch": self.batch,
             "device": next(self.tokenizer.parameters()).device.type,
+            "latents": self.latents,
         }
 
     def _begin(self) -> None:
@@ -180,6 +194,9 @@ class TokenWriter:
     def _table(self, shard: int) -> Path:
         return self._file(shard).with_suffix(".json")
 
+    def _latent_file(self, shard: int) -> Path:
+        return self.out / f"latents-{shard:05d}.npy"
+
     def _numbers(self, shard: int) -> range:
         first = shard * self.shard_images
         return range(first, min(first + self.shard_images, len(self.source)))
@@ -207,19 +224,24 @@ class TokenWriter:
         parts = [
             np.zeros((0, len(self.views), int(np.prod(self.shape))), token_dtype(self.tokenizer.quantizer.num_codes))
         ]
-        for numbers, tokens in encode_views(
-            self.tokenizer, self._readable(shard, skipped, tell), len(self.views), self.batch
-        ):
+        side = self.views.size // self.tokenizer.downsampling
+        kept = [np.zeros((0, len(self.views), self.tokenizer.quantizer.dim, side, side), self.latents or "float32")]
+        cuts = self._readable(shard, skipped, tell)
+        for numbers, tokens, latents in encode_views_with_latents(self.tokenizer, cuts, len(self.views), self.batch):
             rows += numbers
             parts.append(tokens.reshape(len(numbers), len(self.views), -1).numpy().astype(parts[0].dtype))
+            if self.latents:
+                kept.append(latents.numpy().astype(self.latents))
         array, path = np.concatenate(parts), self._file(shard)
-        write_atomically(path, lambda temporary: np.save(temporary, array, allow_pickle=False))
+        _save(path, array)
+        extra = {}
+        if self.latents:
+            _save(self._latent_file(shard), np.concatenate(kept))
+            extra["latents"] = _described(self._latent_file(shard), len(rows))
         chosen = self.source.rows[rows]
         table = {
-            "file": path.name,
-            "rows": len(rows),
-            "bytes": path.stat().st_size,
-            "sha256": file_sha256(path),
+            **_described(path, len(rows)),
+            **extra,
             "names": [self.source.name(number) for number in rows],
             "labels": self.source.labels[chosen].tolist(),
             "splits": self.source.split_codes[chosen].tolist(),
@@ -277,6 +299,11 @@ class TokenWriter:
             "shards": [{key: table[key] for key in ("file", "rows", "bytes", "sha256")} for table in tables],
             "histogram": self._histogram(codes).tolist(),
         }
+        if self.latents:
+            side = self.views.size // self.tokenizer.downsampling
+            shape = (self.tokenizer.quantizer.dim, side, side)
+            shards = [table["latents"] for table in tables]
+            meta["latents"] = {"dtype": self.latents, "shape": shape, "shards": shards}
         write_text(self.out / META, json.dumps(meta) + "\n")
 
     def _histogram(self, codes: int) -> NDArray[np.int64]:
@@ -291,6 +318,10 @@ class TokenWriter:
         """(name, reason) of the photographs that could not be read, of all finished shards."""
         tables = [read_json(path) for shard in range(self.shards) if (path := self._table(shard)).is_file()]
         return [(str(name), str(reason)) for table in tables for name, reason in table["skipped"]]
+
+
+def _described(path: Path, rows: int) -> dict[str, Any]:
+    return {"file": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _save(path: Path, values: NDArray[Any]) -> None:

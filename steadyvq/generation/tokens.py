@@ -4,6 +4,7 @@
 meta.json             grid, number of codes, hash of the tokenizer, views, histogram, checksums; written last
 tokens-00000.npy      tokens (images, views, tokens) of one shard, uint16 or uint32
 tokens-00000.json     its table: names, labels and splits of its images, its SHA-256
+latents-00000.npy     latents before quantization (images, views, d, h, w), where they were asked for
 labels.npy            class of every image, int32, -1 where there are none
 splits.npy            split of every image, as its position in train, val, test
 tokenizer/            the tokenizer, which decodes them
@@ -32,6 +33,7 @@ META, PLAN, TOKENIZER = "meta.json", "plan.json", "tokenizer"
 LABELS, SPLIT_CODES = "labels.npy", "splits.npy"
 FORMAT, VERSION = "steadyvq-tokens", 1
 AGAIN = "delete it and run the same `steadyvq tokenize` again, which writes what is missing"
+LATENT_TYPES = ("float32", "float16")
 _READ = 1 << 22
 
 
@@ -102,6 +104,7 @@ class TokenSet:
         labels: Class of every image (N,), -1 where there are none.
         classes: Names of the classes.
         tokenizer_hash: Of the tokenizer that wrote them.
+        latent_shape: Of the stored latents of one image (d, h, w); None where none are stored.
 
     Raises:
         ValueError: The folder holds no tokens, or not all of them.
@@ -118,19 +121,26 @@ class TokenSet:
             self.classes: list[str] = [str(name) for name in meta["classes"]]
             self.dtype = np.dtype(str(meta["dtype"]))
             self.tokenizer_hash, self.tokenizer_name = meta["tokenizer"]["hash"], meta["tokenizer"]["name"]
+            stored = meta.get("latents") or {"shards": [], "shape": None}
+            self.latent_shards = [TokenShard(**entry) for entry in stored["shards"]]
+            self.latent_shape: tuple[int, ...] | None = stored["shape"] and tuple(int(side) for side in stored["shape"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.folder / META} is damaged ({error!r}): {AGAIN}") from error
         self.num_tokens = int(np.prod(self.shape))
         self._starts = np.cumsum([0, *(shard.rows for shard in self.shards)])
         self._check()
-        maps = (np.asarray(np.load(self.folder / shard.file, mmap_mode="r")) for shard in self.shards)
-        # One line per view of an image; as plain arrays, whose look-ups cost less than those of NumPy's memmap.
-        self._lines: list[NDArray[Any]] = [tokens.reshape(-1, self.num_tokens) for tokens in maps]
+        self._lines = self._mapped(self.shards)
+        self._latents = self._mapped(self.latent_shards)
         self.labels: NDArray[np.int32] = np.load(self.folder / LABELS, allow_pickle=False)
         self._splits: NDArray[np.uint8] = np.load(self.folder / SPLIT_CODES, allow_pickle=False)
 
+    def _mapped(self, shards: list[TokenShard]) -> list[NDArray[Any]]:
+        """One line per view of an image; as plain arrays, whose look-ups cost less than those of NumPy's memmap."""
+        maps = (np.asarray(np.load(self.folder / shard.file, mmap_mode="r")) for shard in shards)
+        return [values.reshape(-1, int(np.prod(values.shape[2:]))) for values in maps]
+
     def _check(self) -> None:
-        for shard in self.shards:
+        for shard in (*self.shards, *self.latent_shards):
             path = self.folder / shard.file
             size = path.stat().st_size if path.is_file() else -1
             if size != shard.bytes:
@@ -180,15 +190,31 @@ class TokenSet:
             rows: Numbers of the images (B,).
             views: Number of the view of each (B,), or of all.
         """
+        return self._read(self._lines, rows, views)
+
+    def read_latents(self, rows: ArrayLike, views: ArrayLike = 0) -> NDArray[Any]:
+        """Latents before quantization (B, d, h, w) of images, each in one of its views, in the type they are stored in.
+
+        Raises:
+            ValueError: None are stored.
+        """
+        if self.latent_shape is None:
+            raise ValueError(
+                f"{self.folder} holds tokens alone: write them again into another folder with `steadyvq tokenize --latents "
+                "float32`, or set diffusion.space=codes"
+            )
+        return self._read(self._latents, rows, views).reshape(-1, *self.latent_shape)
+
+    def _read(self, lines: list[NDArray[Any]], rows: ArrayLike, views: ArrayLike) -> NDArray[Any]:
         row = np.asarray(rows, np.int64)
         shard = np.searchsorted(self._starts, row, side="right") - 1
         line = (row - self._starts[shard]) * self.num_views + np.asarray(views, np.int64)
         if len(self.shards) == 1:
-            return np.asarray(self._lines[0].take(line, axis=0))
-        out = np.empty((len(row), self.num_tokens), self.dtype)
+            return np.asarray(lines[0].take(line, axis=0))
+        out = np.empty((len(row), lines[0].shape[1]), lines[0].dtype)
         # The rows of a batch lie in nearly as many shards: an index array for each would cost more than a look-up.
         for target, number, place in zip(out, shard.tolist(), line.tolist(), strict=True):
-            target[:] = self._lines[number][place]
+            target[:] = lines[number][place]
         return out
 
     def grids(self, tokens: NDArray[Any] | Tensor) -> Int[Tensor, "B ..."]:
@@ -224,7 +250,7 @@ class TokenSet:
         """Reads every byte again; a sentence for each shard that is not as it was written."""
         return [
             f"{shard.file} is not as it was written (its SHA-256 differs): {_restore(shard)}"
-            for shard in self.shards
+            for shard in (*self.shards, *self.latent_shards)
             if file_sha256(self.folder / shard.file, tell) != shard.sha256
         ]
 
@@ -239,7 +265,7 @@ def refuse_other_tokenizer(wanted: str, whose: str, found: str, name: str) -> No
 
 
 def _restore(shard: TokenShard) -> str:
-    table = Path(shard.file).with_suffix(".json").name
+    table = Path(shard.file.replace("latents-", "tokens-")).with_suffix(".json").name
     return f"delete it with {table} and {META} and run the same `steadyvq tokenize` again, which writes it anew"
 
 

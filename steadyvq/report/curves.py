@@ -68,6 +68,12 @@ QUALITY = (
         caption="How well a prior predicts the tokens of held-out images, lower is better.",
     ),
     Topic(
+        "Prediction error",
+        (("eval", "prediction_error", "held out"),),
+        "squared, of normalised latents",
+        caption="How well a diffusion prior tells noise from the latents of held-out images, over all noise levels.",
+    ),
+    Topic(
         "Relative error",
         (("eval", "relative_error", "held out"), ("probe", "relative_error", "probe")),
         "ratio",

@@ -41,7 +41,9 @@ def tiles(run: Run) -> Markup:
     """Return the final numbers of one run, large."""
     time = ("Time", duration(run.seconds), f"{run.last_step:,} steps")
     if run.is_prior:
-        images = run.final("held_out_images")
+        images, error = run.final("held_out_images"), run.final("prediction_error")
+        if error is not None:
+            return _tiles([("Prediction error", _plain(error, ".4f"), "squared, of held-out images"), time])
         entries = [
             ("Cross-entropy", _plain(run.final("cross_entropy"), ".3f", " nats"), "per token of held-out images"),
             (

@@ -18,6 +18,7 @@ from steadyvq.models.autoencoder import AutoencoderConfig
 from steadyvq.models.perceptual import CLASSIFIERS, too_small
 from steadyvq.quantizers.names import unknown
 from steadyvq.training.adversarial_config import AdversarialConfig
+from steadyvq.training.diffusion_config import DiffusionConfig
 from steadyvq.training.prior_config import PriorConfig
 from steadyvq.training.stages import Stage
 from steadyvq.training.strict import assignments, from_dict, merge, read_yaml
@@ -27,17 +28,18 @@ ADDED_TO_STAGES = ("ramp",)
 FROZEN_BY = {"all": (), "decoder": ("encoder", "quantizer"), "codebook": ("encoder", "decoder")}
 """By `train`, the parts that it freezes in every stage."""
 
-_UNUSED_BY_PRIORS = (
+_OF_TOKENIZERS = (
     *("model", "quantizer", "reconstruction", "latent", "perceptual", "perceptual_net", "perceptual_weights"),
     *("adversarial", "init_from", "init_parts", "train", "probe_images", "optim.codebook_lr", "optim.codebook_eps"),
     *("data.crop_size", "data.min_scale", "data.max_scale", "data.flip", "data.max_side", "data.test_fraction"),
     *("data.streaming", "data.workers"),
 )
 UNUSED: dict[str, tuple[str, ...]] = {
-    "tokenizer": ("task", "prior"),
-    "autoregressive": _UNUSED_BY_PRIORS,
-    "masked": _UNUSED_BY_PRIORS,
-    "next_scale": _UNUSED_BY_PRIORS,
+    "tokenizer": ("task", "prior", "diffusion"),
+    "autoregressive": (*_OF_TOKENIZERS, "diffusion"),
+    "masked": (*_OF_TOKENIZERS, "diffusion"),
+    "next_scale": (*_OF_TOKENIZERS, "diffusion"),
+    "diffusion": (*_OF_TOKENIZERS, "prior"),
 }
 """By task, the settings that mean nothing to it: they are refused if they are set, and not written down."""
 
@@ -178,10 +180,11 @@ class RunConfig:
 
     Attributes:
         title: Shown in reports.
-        task: What is trained: a `tokenizer` on photographs, or on stored tokens an `autoregressive`, a `masked` or a
-            `next_scale` prior.
+        task: What is trained: a `tokenizer` on photographs, or a prior on stored tokens, `autoregressive`, `masked`,
+            `next_scale` or `diffusion`.
         data: Photographs and crops, or as `data.source` a folder of stored tokens.
-        prior: The prior, if that is the task.
+        prior: The autoregressive, masked or next-scale prior, if that is the task.
+        diffusion: The diffusion prior, if that is the task.
         model: Encoder and decoder.
         quantizer: The quantizer.
         optim: Optimiser.
@@ -220,7 +223,7 @@ class RunConfig:
     """
 
     title: str = ""
-    task: Literal["tokenizer", "autoregressive", "masked", "next_scale"] = "tokenizer"
+    task: Literal["tokenizer", "autoregressive", "masked", "next_scale", "diffusion"] = "tokenizer"
     data: DataConfig = field(default_factory=DataConfig)
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
@@ -233,6 +236,7 @@ class RunConfig:
     perceptual_weights: str | None = None
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     epochs: int = 10
     batch_size: int = 32
     micro_batch_size: int | None = None

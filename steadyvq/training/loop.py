@@ -360,9 +360,8 @@ class Engine:
         if best is not None:
             self.task.export(self.run.best)
         self.run.log("eval", **self._where(), **values)
-        shown = ", ".join(
-            f"{name} {values[name]:.2f}" for name in ("psnr", "utilization", "cross_entropy") if name in values
-        )
+        names = ("psnr", "utilization", "cross_entropy", "prediction_error")
+        shown = ", ".join(f"{name} {values[name]:.2f}" for name in names if name in values)
         progress.say(f"step {self.step}: {shown}")
         return best
 
