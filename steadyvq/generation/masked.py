@@ -107,16 +107,16 @@ class MaskedPrior(TokenPrior):
         self, labels: Int[Tensor, "B"], seed: int, numbers: Sequence[int], config: SamplingConfig
     ) -> Int[Tensor, "B n"]:
         """Draws grids; see `sample_tokens`."""
-        config = config if isinstance(config, MaskedDrawing) else MaskedDrawing(**asdict(config))
-        counts = hidden_counts(config.steps, self.num_tokens)
+        way = config if isinstance(config, MaskedDrawing) else MaskedDrawing(**asdict(config))
+        counts = hidden_counts(way.steps, self.num_tokens)
         tokens = labels.new_zeros(len(labels), self.num_tokens)
         hidden = torch.ones_like(tokens, dtype=torch.bool)
         for step, count in enumerate(counts):
-            drawn, log_p = self._drawn(tokens, hidden, labels, seed, numbers, config, step)
+            drawn, log_p = self._drawn(tokens, hidden, labels, seed, numbers, way, step)
             tokens = torch.where(hidden, drawn, tokens)
             uniform = keyed_uniforms(self.num_tokens, seed, numbers, step, _SURENESS).to(log_p.device)
             gumbel = -(-uniform.log()).log()
-            sureness = log_p.double() + config.choice_temperature * (1 - (step + 1) / len(counts)) * gumbel
+            sureness = log_p.double() + way.choice_temperature * (1 - (step + 1) / len(counts)) * gumbel
             order = sureness.masked_fill(~hidden, math.inf).argsort(dim=1, stable=True)
             hidden = torch.zeros_like(hidden).scatter(1, order[:, :count], True)
         return tokens

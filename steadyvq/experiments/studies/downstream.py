@@ -210,11 +210,11 @@ def _prior(size: Mapping[str, Any], steps: int, batch: int, lr: float = 3e-3) ->
 def _profiles() -> Mapping[str, Values]:
     sizes: Mapping[str, Values] = {
         "tiny": {
-            "prior": _prior({"layers": 3, "heads": 4, "width": 96}, 300, 16),
-            "views": 32,
-            "judged": 256,
+            "prior": _prior({"layers": 3, "heads": 4, "width": 96}, 600, 16),
+            "views": 64,
+            "judged": 512,
             "equal_psnr": 18.0,
-            "steps": 2000,
+            "steps": 1600,
         },
         "small": {
             "prior": _prior({"size": "tiny"}, 4000, 32),
