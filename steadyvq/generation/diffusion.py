@@ -55,16 +55,16 @@ class DiffusionDrawing(Drawing):
 
     Attributes:
         scheduler: A name of `SCHEDULERS` (None: `flow` for flow matching, otherwise `ddim`).
-        steps: Evaluations of the network on the way from noise to latents.
+        steps: Evaluations of the network on the way from noise to latents (None: 50, or fewer where T has no such divisor).
     """
 
     scheduler: str | None = None
-    steps: int = 50
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.scheduler is not None and self.scheduler not in SCHEDULERS:
             raise ValueError(f"the scheduler is {self.scheduler!r}, but it must be one of {', '.join(SCHEDULERS)}")
-        if self.steps < 1 or not self.guidance >= 0:
+        if (self.steps is not None and self.steps < 1) or not self.guidance >= 0:
             raise ValueError(
                 f"steps are {self.steps} and guidance {self.guidance}, but steps >= 1 and guidance >= 0 are needed"
             )
@@ -160,7 +160,7 @@ def _dit(config: DiffusionConfig, shape: tuple[int, int, int], num_classes: int)
             f"the latents are {shape[1]}x{shape[2]}, but the DiT cuts squares into patches of {size.patch}: change "
             "diffusion.dit.patch, or use diffusion.network=unet"
         )
-    body: nn.Module = diffusers_part("DiTTransformer2DModel")(
+    body: Any = diffusers_part("DiTTransformer2DModel")(
         num_attention_heads=size.heads,
         attention_head_dim=size.width // size.heads,
         in_channels=shape[0],
@@ -170,14 +170,15 @@ def _dit(config: DiffusionConfig, shape: tuple[int, int, int], num_classes: int)
         patch_size=size.patch,
         num_embeds_ada_norm=num_classes,
     )
-    for block in body.transformer_blocks:  # type: ignore[union-attr]
+    for block in body.transformer_blocks:
         # Classes are hidden by whoever makes the batch, so that it does not depend on the processes.
         block.norm1.emb.class_embedder.dropout_prob = 0.0
         _zero(block.norm1.linear)
     # The paper's section 3.2: blocks begin as the identity, and the output as 0.
     _zero(body.proj_out_1)
     _zero(body.proj_out_2)
-    return body
+    found: nn.Module = body
+    return found
 
 
 def _zero(layer: Any) -> None:
@@ -221,17 +222,19 @@ def timed_scheduler(config: DiffusionConfig, drawing: DiffusionDrawing) -> Any:
     """
     name = drawing.scheduler or ("flow" if config.prediction == "flow" else "ddim")
     scheduler = make_scheduler(config, name)
+    usual = max(steps for steps in range(1, 51) if config.times % steps == 0)
+    steps = usual if drawing.steps is None else drawing.steps
     if name == "flow":
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / drawing.steps, drawing.steps).tolist())
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
         return scheduler
-    if drawing.steps > config.times or (name != "dpm++" and config.times % drawing.steps):
+    if steps > config.times:
+        raise ValueError(f"steps are {steps}, but there are {config.times} noise levels: use fewer")
+    if name != "dpm++" and config.times % steps:
         raise ValueError(
-            f"steps are {drawing.steps}, but {name} goes through {config.times} noise levels in equal steps: use a divisor of "
-            f"{config.times}, such as 50 or 100"
-            if name != "dpm++"
-            else f"steps are {drawing.steps}, but there are {config.times} noise levels: use fewer"
+            f"steps are {steps}, but {name} goes through {config.times} noise levels in equal steps: use a divisor of "
+            f"{config.times}, such as {usual}"
         )
-    scheduler.set_timesteps(drawing.steps)
+    scheduler.set_timesteps(steps)
     return scheduler
 
 
@@ -285,10 +288,10 @@ def sample_latents(
     def predict(x: Tensor, time: Tensor) -> Tensor:
         inputs = x.to(weight.device, weight.dtype)
         inputs = torch.cat([inputs, inputs]) if guided else inputs
-        found = prior(inputs, time.to(weight.device).expand(len(inputs)), classes).cpu().double()
+        found: Tensor = prior(inputs, time.to(weight.device).expand(len(inputs)), classes).cpu().double()
         if not guided:
             return found
-        given, without = found.chunk(2)
+        given, without = found[: len(x)], found[len(x) :]
         return without + drawing.guidance * (given - without)
 
     generators = [sample_generator(seed, number) for number in numbers]

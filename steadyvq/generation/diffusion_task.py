@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from steadyvq.data.crops import uniforms
-from steadyvq.generation.diffusion import DiffusionDrawing, DiffusionPrior, sample_latents
+from steadyvq.generation.diffusion import DiffusionDrawing, DiffusionPrior, sample_latents, timed_scheduler
 from steadyvq.generation.token_task import TokenTask
 from steadyvq.models import Tokenizer
 from steadyvq.training.diffusion_config import DiffusionConfig
@@ -60,6 +60,11 @@ class DiffusionTask(TokenTask):
         config = from_dict(DiffusionConfig, facts["config"], "diffusion")
         channels, height, width = facts["shape"]
         return DiffusionPrior(config, (channels, height, width), facts["num_classes"])
+
+    @staticmethod
+    def check_drawing(model: DiffusionPrior, drawing: DiffusionDrawing) -> None:
+        """The scheduler must fit what the prior predicts, and the steps its noise levels."""
+        timed_scheduler(model.config, drawing)
 
     @staticmethod
     def draw(

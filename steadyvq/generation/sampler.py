@@ -87,6 +87,7 @@ class Sampler:
         if settings.drawing.guidance != 1 and not prior.model.num_classes:
             raise ValueError(f"guidance is {settings.drawing.guidance}, but this prior knows no classes: leave it at 1")
         self.tokenizer, self.out, self.settings, self.batch = tokenizer, out, settings, batch
+        prior.kind.check_drawing(prior.model, settings.drawing)
         self.kind, self.model = prior.kind, prior.model
         self._begin(digest(self.model.state_dict()))
         self.model.to(device, dtype)

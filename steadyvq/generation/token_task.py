@@ -119,6 +119,10 @@ class TokenTask(Task):
         """The prior that `facts`, with what all priors save, describes; its weights are loaded after."""
 
     @staticmethod
+    def check_drawing(model: Any, drawing: Any) -> None:
+        """Raises ValueError if a prior cannot be drawn from like this; asked before anything is written."""
+
+    @staticmethod
     @abstractmethod
     def draw(
         model: Any, labels: Int[Tensor, "B"], seed: int, numbers: Sequence[int], drawing: Any, tokenizer: Tokenizer
@@ -211,14 +215,14 @@ class TokenTask(Task):
 
     def state_dict(self) -> dict[str, Any]:
         """Which tokens it learns."""
-        shards = [shard.sha256 for shard in self.tokens.shards]
+        shards = [shard.sha256 for shard in (*self.tokens.shards, *self.tokens.latent_shards)]
         return {"tokenizer": self.tokens.tokenizer_hash, "shards": shards}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Refuses to go on with other tokens."""
         whose = "the tokens that this run began with"
         refuse_other_tokenizer(state["tokenizer"], whose, self.tokens.tokenizer_hash, self.tokens.tokenizer_name)
-        if state["shards"] != [shard.sha256 for shard in self.tokens.shards]:
+        if state["shards"] != self.state_dict()["shards"]:
             raise ValueError(
                 f"{self.tokens.folder} holds other tokens than those that this run began with: put them back, or train anew "
                 "into another folder with --out"

@@ -78,8 +78,9 @@ def encode_views_with_latents(
         with full_precision(device):
             inputs = [tokenizer.latents(to_float(part).to(device)) for part in torch.split(crops, batch)]
             found = [tokenizer.quantizer.encode(part).cpu() for part in inputs]
-        both = (torch.cat(parts).unflatten(0, (len(group), views)) for parts in (found, [z.cpu() for z in inputs]))
-        yield [item for item, _ in group], *both
+        tokens, latents = torch.cat(found), torch.cat([part.cpu() for part in inputs])
+        tokens, latents = (values.reshape(len(group), views, *values.shape[1:]) for values in (tokens, latents))
+        yield [item for item, _ in group], tokens, latents
 
 
 class TokenWriter:
