@@ -15,7 +15,7 @@ from torch import Tensor
 
 from steadyvq.data import to_float
 from steadyvq.experiments.claims import Claim, Decision, Results, above, one_each
-from steadyvq.experiments.closed import profiles, rank_correlation
+from steadyvq.experiments.closed import profiles, rank_correlation, trained
 from steadyvq.experiments.generate import decoded, real_crops, tokenise
 from steadyvq.experiments.outcome import psnr_by_photograph, tokenizer_and_crops
 from steadyvq.experiments.runner import fresh_run
@@ -38,8 +38,11 @@ from steadyvq.training.run import RunFolder
 from steadyvq.training.strict import merge
 
 NSVQ, FVQ = "arXiv 2606.11363, latent diffusion", "arXiv 2509.10140, abstract"
-METHODS = ("vq", "ema", "vqgan_lc", "simvq", "fvq", "nsvq")
+OF_TABLE1 = ("vq", "ema", "vqgan_lc", "simvq", "fvq", "nsvq")
 """Arms of the experiment `table1`, whose tokenizers these are: with a common --cells their runs are shared."""
+OTHERS: Mapping[str, Sequence[Values]] = {}
+"""Methods that are not in `table1`: changes of the configuration by name, such as {"quantizer": {"name": ...}}."""
+METHODS = (*OF_TABLE1, *OTHERS)
 PHOTOGRAPHS, PICTURE = "photographs", "samples.png"
 BATCH = 64
 
@@ -161,7 +164,7 @@ def _drawn(learnt: Learnt, tokenizer: Tokenizer, seed: int, count: int) -> Tenso
 
 def arms(settings: Mapping[str, Any]) -> Mapping[str, ArmPlan]:
     """For every method its tokenizer and what comes after it; the features of photographs once."""
-    plans = table1.arms(settings)
+    plans = {**table1.arms(settings), **{name: trained(settings, *own) for name, own in OTHERS.items()}}
     tokenizers = {f"tokenizer {name}": replace(plans[name], hidden=True) for name in METHODS}
     first, own = next(iter(tokenizers)), settings["downstream"]
     judged = {"judged": own["judged"]}
