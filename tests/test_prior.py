@@ -18,16 +18,17 @@ from runs import assert_same, log, state
 from steadyvq.cli import main
 from steadyvq.data import EvaluationCrops, load_collection, open_source
 from steadyvq.generation import TokenSet, TokenWriter, Views, tokenizer_hash
-from steadyvq.generation.autoregressive import AutoregressivePrior, GridRotary
+from steadyvq.generation.autoregressive import AutoregressivePrior
+from steadyvq.generation.body import Rotary, places_of
 from steadyvq.generation.prior_task import PriorTask
 from steadyvq.generation.priors import load_prior, with_counted_tokens
 from steadyvq.generation.sampling import (
     SamplingConfig,
     class_numbers,
     draw,
+    keyed_uniforms,
     probabilities,
     sample_tokens,
-    sample_uniforms,
 )
 from steadyvq.training.config import resolve
 from steadyvq.training.loop import Engine
@@ -60,7 +61,7 @@ BOTH = pytest.mark.parametrize("config", [SMALL, FACTORISED], ids=["one digit", 
 def test_rotation_depends_on_differences_of_rows_and_of_columns():
     """arXiv 2104.09864, equation 15, per axis; the naive form turns pairs of features one at a time."""
     width, base = 8, 100.0
-    table = GridRotary(GRID, width, base)
+    table = Rotary(places_of(GRID), width, base, first=1)
     for row in range(GRID[0]):
         for column in range(GRID[1]):
             place = 1 + row * GRID[1] + column
@@ -132,7 +133,7 @@ def test_two_digits_save_what_they_promise():
 
 def naive(prior, label, seed, number, config):
     """One sample by the definition: the whole sequence is read anew for every token, and nothing is shared."""
-    numbers = sample_uniforms(seed, number, prior.num_tokens * prior.head.digits).tolist()
+    numbers = keyed_uniforms(prior.num_tokens * prior.head.digits, seed, [number])[0].tolist()
     tokens = []
     for place in range(prior.num_tokens):
         digits = []
@@ -186,7 +187,7 @@ def test_drawing_is_what_the_definition_says_with_cache_and_without(config, way)
     prior = prior_of(config)
     labels, numbers = torch.tensor([0, 1, 2, 1]), [5, 0, 2, 9]
     cached = sample_tokens(prior, labels, 3, numbers, way)
-    assert torch.equal(cached, sample_tokens(prior, labels, 3, numbers, way, cached=False))
+    assert torch.equal(cached, prior.sample(labels, 3, numbers, way, cached=False))
     assert cached.tolist() == [
         naive(prior, label, 3, number, way) for label, number in zip(labels.tolist(), numbers, strict=True)
     ]

@@ -282,7 +282,14 @@ def _add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
     sample.add_argument("--top-k", type=int, help="draw from the likeliest so many codes (default: 0, all)")
     sample.add_argument("--top-p", type=float, help="draw from the likeliest codes of this share (default: 1)")
     sample.add_argument("--scheduler", help="of diffusion: ddpm, ddim (default), dpm++, or flow for flow matching")
-    sample.add_argument("--steps", type=int, help="of diffusion, from noise to a picture (default: 50)")
+    sample.add_argument(
+        "--steps",
+        type=int,
+        help="from noise to a picture (diffusion, default: 50) or to all tokens (masked, default: 8)",
+    )
+    sample.add_argument(
+        "--choice-temperature", type=float, help="of a masked prior: how much chance decides what stays (default: 4.5)"
+    )
     sample.add_argument("--batch", type=int, default=64, help="pictures drawn together (default: 64)")
     sample.add_argument(
         "--dtype", choices=("float64", "float32", "bfloat16"), help="(default: float64 on a CPU, float32 elsewhere)"

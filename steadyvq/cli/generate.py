@@ -29,7 +29,7 @@ from steadyvq.training.progress import ProgressReport
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
-DRAWN_BY = ("guidance", "temperature", "top_k", "top_p", "scheduler", "steps")
+DRAWN_BY = ("guidance", "temperature", "top_k", "top_p", "scheduler", "steps", "choice_temperature")
 """Options of `sample` that say how a prior is drawn from; each kind knows some."""
 
 

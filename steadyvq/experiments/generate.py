@@ -35,7 +35,7 @@ from steadyvq.models import Tokenizer, load_features
 from steadyvq.models.perceptual_weights import MissingWeights
 from steadyvq.report import image_grid
 from steadyvq.report.samples import write_samples_report
-from steadyvq.training.config import RunConfig, read_recipe, resolve, with_absolute_paths
+from steadyvq.training.config import DataConfig, RunConfig, read_recipe, resolve, with_absolute_paths
 from steadyvq.training.loop import Engine
 from steadyvq.training.progress import ProgressReport
 from steadyvq.training.run import RunFolder, source_commit
@@ -116,7 +116,7 @@ def run_generate(
     _train(out / "tokenizer", config)
     tokenizer = Tokenizer.from_pretrained(out / "tokenizer" / "tokenizer")
     lap("tokenizer")
-    tokens = _tokenise(tokenizer, config, out / "tokens", views, seed, latents=on_latents)
+    tokens = tokenise(tokenizer, config.data, out / "tokens", views, seed, latents=on_latents)
     lap("tokens")
     _train(out / "prior", prior_config)
     lap("prior")
@@ -127,7 +127,7 @@ def run_generate(
         sampler.draw(progress.advance_by)
     sets_of = _sets(sampler, tokenizer, tokens, judged, seed)
     lap("samples")
-    real, names = _real(tokens, config, judged, seed)
+    real, names = real_crops(config.data, judged, seed)
     rows, metrics = _judge(sets_of, real, names)
     lap("judging")
     pictures = {"drawn by the prior": image_grid(sets_of["prior"][:SHOWN])}
@@ -155,13 +155,22 @@ def _train(path: Path, config: RunConfig) -> None:
     engine.fit()
 
 
-def _tokenise(tokenizer: Tokenizer, config: RunConfig, out: Path, views: int, seed: int, *, latents: bool) -> TokenSet:
-    data = config.data
+def tokenise(
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    out: Path,
+    views: int,
+    seed: int,
+    *,
+    latents: bool = False,
+    quiet: bool = False,
+) -> TokenSet:
+    """Tokens of crops of all photographs, cut as those that the tokenizer was trained on."""
     source = open_source(data.source, data.crop_size, data.max_side)
     cut = Views(f"random-{views}", data.crop_size, scales=(data.min_scale, data.max_scale), seed=seed)
     kept = "float32" if latents else None
     writer = TokenWriter(tokenizer, "the demo's tokenizer", source, out, cut, shard_images=8, threads=1, latents=kept)
-    with ProgressReport("tokenize", writer.total, writer.done) as progress:
+    with ProgressReport("tokenize", writer.total, writer.done, quiet=quiet) as progress:
         writer.write(progress.advance_by)
     return TokenSet(out)
 
@@ -189,19 +198,19 @@ def _sets(sampler: Sampler, tokenizer: Tokenizer, tokens: TokenSet, count: int, 
             numbers = range(start, min(start + 64, count))
             drawn.append(sampler.images(numbers))
             progress.advance_by(len(numbers))
-    return {"prior": torch.cat(drawn), **{name: _decoded(tokenizer, tokens, grids) for name, grids in made.items()}}
+    return {"prior": torch.cat(drawn), **{name: decoded(tokenizer, tokens, grids) for name, grids in made.items()}}
 
 
-def _decoded(tokenizer: Tokenizer, tokens: TokenSet, grids: NDArray[np.int64]) -> Tensor:
+def decoded(tokenizer: Tokenizer, tokens: TokenSet, grids: NDArray[np.int64]) -> Tensor:
+    """Pictures (N, 3, S, S) uint8 of grids of tokens (N, tokens)."""
     parts = [grids[start : start + 64] for start in range(0, len(grids), 64)]
     return torch.cat([to_uint8(tokenizer.decode(tokens.grids(part))) for part in parts])
 
 
-def _real(tokens: TokenSet, config: RunConfig, count: int, seed: int) -> tuple[Tensor, list[str]]:
+def real_crops(data: DataConfig, count: int, seed: int) -> tuple[Tensor, list[str]]:
     """Random crops of the training photographs, others than those that were tokenised, and the photograph of each."""
-    data = config.data
     source = open_source(data.source, data.crop_size, data.max_side)
-    source = source.split("train") if len(tokens.splits) > 1 else source
+    source = source.split("train") if len(set(source.splits)) > 1 else source
     each = -(-count // len(source))
     views = Views(f"random-{each}", data.crop_size, scales=(data.min_scale, data.max_scale), seed=seed + 1)
     images, names, skipped = [], list[str](), list[tuple[str, str]]()

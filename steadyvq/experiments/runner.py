@@ -235,7 +235,10 @@ class Experiment:
 
         Raises:
             KeyboardInterrupt: The user interrupted; finished cells are kept, and running this again goes on.
+            ValueError: A library is missing; nothing was run.
         """
+        if self.study.check is not None and self.missing():
+            self.study.check()
         while waiting := [job for job in self.missing() if (job.arm, job.seed) not in self.failed]:
             ready, later = [], 0
             for job in waiting:

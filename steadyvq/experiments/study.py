@@ -147,6 +147,7 @@ class Study:
         curves: Charts.
         seeds: Default number of seeds.
         draw: Makes pictures: (folder for them, folders of the cells by arm and seed) to files, which the page shows.
+        check: Called before anything is run; raises ValueError where a library that the arms need is missing.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Study:
     curves: Sequence[Curve] = OUTCOME_CURVES
     seeds: int = 3
     draw: Callable[[Path, Mapping[tuple[str, int], Path]], Sequence[Path]] | None = None
+    check: Callable[[], None] | None = None
 
     def settings(self, profile: str) -> Mapping[str, Any]:
         """Settings of a profile.

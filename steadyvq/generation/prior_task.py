@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training an autoregressive prior over stored tokens, as a task of the loop."""
+"""Training a prior over stored tokens that are drawn as tokens, as a task of the loop: the autoregressive one."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from jaxtyping import Int
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from steadyvq.generation.autoregressive import AutoregressivePrior
+from steadyvq.generation.body import TokenPrior
 from steadyvq.generation.sampling import SamplingConfig, sample_tokens
 from steadyvq.generation.token_task import TokenTask
 from steadyvq.models import Tokenizer
@@ -21,10 +23,15 @@ from steadyvq.training.task import StepOutput
 
 
 class PriorTask(TokenTask):
-    """An autoregressive prior on stored tokens."""
+    """An autoregressive prior on stored tokens.
+
+    Attributes:
+        model: The prior; subclasses have others.
+    """
 
     kind = "autoregressive"
     drawing = SamplingConfig
+    model: ClassVar[Any] = AutoregressivePrior
     watchable = frozenset({"loss", "cross_entropy"})
     best = ("cross_entropy", "min")
     columns: ClassVar[Mapping[str, tuple[str, str]]] = {
@@ -32,7 +39,7 @@ class PriorTask(TokenTask):
         "bits per image": ("bits_per_image", ".1f"),
         "held-out images": ("held_out_images", ".0f"),
     }
-    prior: AutoregressivePrior
+    prior: TokenPrior
 
     def check_tokens(self) -> None:
         """One code per place, and no more codes than the vocabulary has."""
@@ -52,33 +59,35 @@ class PriorTask(TokenTask):
     def _vocabulary(self) -> int:
         return self.config.prior.vocabulary or self.tokens.num_codes
 
-    def make_prior(self) -> AutoregressivePrior:
+    def make_prior(self) -> TokenPrior:
         """An untrained prior for these tokens."""
         grid = (self.tokens.shape[0], self.tokens.shape[1])
-        return AutoregressivePrior(self.config.prior, self._vocabulary, grid, len(self.classes))
+        made: TokenPrior = self.model(self.config.prior, self._vocabulary, grid, len(self.classes))
+        return made
 
     def facts(self) -> dict[str, Any]:
         """Vocabulary and grid."""
-        return {"vocabulary": self.prior.vocabulary, "grid": self.prior.grid}
+        return {"vocabulary": self.prior.vocabulary, "grid": self.prior.shape}
 
-    @staticmethod
-    def build(facts: Mapping[str, Any]) -> AutoregressivePrior:
+    @classmethod
+    def build(cls, facts: Mapping[str, Any]) -> TokenPrior:
         """The prior that was saved, without its weights."""
         config = from_dict(PriorConfig, facts["config"], "prior")
         height, width = facts["grid"]
-        return AutoregressivePrior(config, facts["vocabulary"], (height, width), facts["num_classes"])
+        made: TokenPrior = cls.model(config, facts["vocabulary"], (height, width), facts["num_classes"])
+        return made
 
     @staticmethod
     def draw(
-        model: AutoregressivePrior,
+        model: TokenPrior,
         labels: Int[Tensor, "B"],
         seed: int,
         numbers: Sequence[int],
         drawing: SamplingConfig,
         tokenizer: Tokenizer,
-    ) -> Int[Tensor, "B h w"]:
-        """Token by token; codes that the tokenizer does not have become its last."""
-        tokens = sample_tokens(model, labels, seed, numbers, drawing).reshape(-1, *model.grid)
+    ) -> Int[Tensor, "B ..."]:
+        """As the prior draws them; codes that the tokenizer does not have become its last."""
+        tokens = sample_tokens(model, labels, seed, numbers, drawing).reshape(-1, *model.shape)
         # A prior with more codes than the tokenizer may name one that does not exist.
         return tokens.clamp_max(tokenizer.quantizer.num_codes - 1)
 
@@ -92,6 +101,17 @@ class PriorTask(TokenTask):
         loss = model(*batch).mean()
         return StepOutput(loss, {"loss": loss.detach(), "loss/cross_entropy": loss.detach()})
 
+    def surprisal(self, rows: NDArray[np.int64], tokens: Tensor, labels: Tensor) -> Tensor:
+        """-log p of images (B,) in nats.
+
+        Args:
+            rows: Their numbers.
+            tokens: Their tokens (B, n).
+            labels: Their classes.
+        """
+        found: Tensor = self.prior(tokens, labels).double().sum(1)
+        return found
+
     @torch.no_grad()
     def validate(self, step: int, run: RunFolder) -> Mapping[str, float]:
         """Cross-entropy of held-out images in their first view; some samples as a picture."""
@@ -101,7 +121,7 @@ class PriorTask(TokenTask):
         for start in range(0, len(rows), self.config.batch_size):
             part = rows[start : start + self.config.batch_size]
             tokens = torch.from_numpy(self.tokens.read(part).astype(np.int64))
-            total += float(self.prior(tokens.to(device), self.labels(part).to(device)).double().sum())
+            total += float(self.surprisal(part, tokens.to(device), self.labels(part).to(device)).double().sum())
         self.show(step, run)
         nats = total / (len(rows) * self.prior.num_tokens)
         bits = nats * self.prior.num_tokens / math.log(2)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 WEIGHTS, FACTS = "prior.safetensors", "prior.json"
 KINDS = {
     "autoregressive": "steadyvq.generation.prior_task:PriorTask",
+    "masked": "steadyvq.generation.masked_task:MaskedTask",
+    "next_scale": "steadyvq.generation.next_scale_task:NextScaleTask",
     "diffusion": "steadyvq.generation.diffusion_task:DiffusionTask",
 }
 """Module and class by the name of the task. They are imported when they are asked for."""

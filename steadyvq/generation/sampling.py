@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawing token grids from an autoregressive prior: every sample is a function of its own key, whatever is drawn beside it.
+"""Drawing tokens from a prior: every sample is a function of its own key, whatever is drawn beside it.
 
 Guidance (arXiv 2207.12598, in LlamaGen's form): logits = u + s (c - u), c given the class and u without; s = 1 is none.
 A digit is drawn by inversion: the first whose cumulative probability exceeds a uniform number that belongs to (key, position).
@@ -7,7 +7,7 @@ A digit is drawn by inversion: the first whose cumulative probability exceeds a 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from steadyvq.data.crops import uniforms
-from steadyvq.generation.autoregressive import AutoregressivePrior
 from steadyvq.generation.priors import Drawing, PriorModel
 
 _DRAWS = 3
@@ -44,9 +43,11 @@ class SamplingConfig(Drawing):
             )
 
 
-def sample_uniforms(seed: int, number: int, count: int) -> Float[Tensor, "n"]:
-    """The uniform numbers of one sample, float64 in [0, 1)."""
-    return torch.from_numpy(uniforms(count, seed, number, 0, _DRAWS))
+def keyed_uniforms(
+    count: int, seed: int, numbers: Sequence[int], step: int = 0, purpose: int = _DRAWS
+) -> Float[Tensor, "B n"]:
+    """The uniform numbers of samples, float64 in [0, 1)."""
+    return torch.stack([torch.from_numpy(uniforms(count, seed, number, step, purpose)) for number in numbers])
 
 
 def probabilities(logits: Float[Tensor, "B K"], config: SamplingConfig) -> Float[Tensor, "B K"]:
@@ -76,17 +77,34 @@ def draw(chances: Float[Tensor, "B K"], numbers: Float[Tensor, "B"]) -> Int[Tens
     return torch.minimum(found, last)
 
 
-@torch.no_grad()
+def guided_logits(logits: Float[Tensor, "C K"], guidance: float) -> Float[Tensor, "B K"]:
+    """u + s (c - u) in float64, with s = 1 the logits c themselves.
+
+    Args:
+        logits: c, and below them u.
+        guidance: s.
+    """
+    given, without = logits.chunk(2)
+    if guidance == 1:
+        return given
+    given, without = given.double(), without.double()
+    # A digit of no token has -inf in both, and their difference is no number.
+    return (without + guidance * (given - without)).where(given.isfinite(), given)
+
+
+class Sampled(Protocol):
+    """A prior whose tokens are drawn."""
+
+    num_classes: int
+
+    def sample(self, labels: Tensor, seed: int, numbers: Sequence[int], config: Any) -> Tensor:
+        """See `sample_tokens`."""
+
+
 def sample_tokens(
-    prior: AutoregressivePrior,
-    labels: Int[Tensor, "B"],
-    seed: int,
-    numbers: Sequence[int],
-    config: SamplingConfig | None = None,
-    *,
-    cached: bool = True,
+    prior: Sampled, labels: Int[Tensor, "B"], seed: int, numbers: Sequence[int], config: SamplingConfig | None = None
 ) -> Int[Tensor, "B n"]:
-    """Draws grids.
+    """Draws the tokens of images.
 
     Args:
         prior: In evaluation mode. In float64 a sample does not depend on those beside it; in lower precisions rounding, which
@@ -95,7 +113,6 @@ def sample_tokens(
         seed: Of the whole set.
         numbers: Number of each in the set; (seed, number) is the key of a sample.
         config: How they are drawn.
-        cached: Keep keys and values. Without, all is read again for every token, which gives the same and takes longer.
 
     Raises:
         ValueError: Guidance was asked of a prior without classes.
@@ -103,32 +120,7 @@ def sample_tokens(
     config = config or SamplingConfig()
     if config.guidance != 1 and not prior.num_classes:
         raise ValueError(f"guidance is {config.guidance}, but this prior knows no classes: leave it at 1")
-    uniform = torch.stack([sample_uniforms(seed, n, prior.num_tokens * prior.head.digits) for n in numbers])
-    guided = config.guidance != 1
-    classes = torch.cat([labels, torch.full_like(labels, prior.null)]) if guided else labels
-    tokens = labels.new_zeros(len(labels), 0)
-    cache = prior.new_cache() if cached else None
-    for place in range(prior.num_tokens):
-        hidden = _last_state(prior, tokens, classes, cache, guided)
-        digits: list[Tensor] = []
-        for digit in range(prior.head.digits):
-            logits = prior.head.logits(hidden, [torch.cat([d, d]) for d in digits] if guided else digits)
-            if guided:
-                given, without = logits.double().chunk(2)
-                # A digit of no token has -inf in both, and their difference is no number.
-                logits = (without + config.guidance * (given - without)).where(given.isfinite(), given)
-            digits.append(draw(probabilities(logits, config), uniform[:, place * prior.head.digits + digit]))
-        tokens = torch.cat([tokens, prior.head.join(digits)[:, None]], dim=1)
-    return tokens
-
-
-def _last_state(prior: AutoregressivePrior, tokens: Tensor, classes: Tensor, cache: Any, guided: bool) -> Tensor:
-    """The state that predicts the next token (B, d), or (2 B, d) with guidance."""
-    begun = cache is not None and tokens.shape[1] > 0
-    new = tokens[:, -1:] if begun else tokens
-    if guided:
-        new = torch.cat([new, new])
-    return prior.read(new, None if begun else classes, cache)[:, -1]
+    return prior.sample(labels, seed, numbers, config)
 
 
 def class_numbers(wanted: Sequence[str], classes: Sequence[str]) -> list[int]:

@@ -85,6 +85,7 @@ class TokenTask(Task):
         self.config = config
         self.tokens = tokens = TokenSet(config.data.source) if tokens is None else tokens
         self.settings: PriorSettings = getattr(config, self.group)
+        self._tokenizer: Tokenizer | None = None
         self.check_tokens()
         known = bool(tokens.classes) and bool((tokens.labels >= 0).all())
         conditional = known if self.settings.conditional is None else self.settings.conditional
@@ -96,7 +97,6 @@ class TokenTask(Task):
         self.classes = tokens.classes if conditional else []
         self.train_rows, self.held_out = tokens.rows_or_all("train"), tokens.rows_or_all(config.data.eval_split)
         self._orders: dict[int, NDArray[np.int64]] = {}
-        self._tokenizer: Tokenizer | None = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.prior = self.make_prior()

@@ -38,6 +38,8 @@ _OF_TOKENIZERS = (
 UNUSED: dict[str, tuple[str, ...]] = {
     "tokenizer": ("task", "prior", "diffusion"),
     "autoregressive": (*_OF_TOKENIZERS, "diffusion"),
+    "masked": (*_OF_TOKENIZERS, "diffusion"),
+    "next_scale": (*_OF_TOKENIZERS, "diffusion"),
     "diffusion": (*_OF_TOKENIZERS, "prior"),
 }
 """By task, the settings that mean nothing to it: they are refused if they are set, and not written down."""
@@ -182,10 +184,10 @@ class RunConfig:
 
     Attributes:
         title: Shown in reports.
-        task: What is trained: a `tokenizer` on photographs, or a prior on stored tokens, `autoregressive`
-            or `diffusion`.
+        task: What is trained: a `tokenizer` on photographs, or a prior on stored tokens, `autoregressive`, `masked`,
+            `next_scale` or `diffusion`.
         data: Photographs and crops, or as `data.source` a folder of stored tokens.
-        prior: The autoregressive prior, if that is the task.
+        prior: The autoregressive, masked or next-scale prior, if that is the task.
         diffusion: The diffusion prior, if that is the task.
         model: Encoder and decoder.
         quantizer: The quantizer.
@@ -225,7 +227,7 @@ class RunConfig:
     """
 
     title: str = ""
-    task: Literal["tokenizer", "autoregressive", "diffusion"] = "tokenizer"
+    task: Literal["tokenizer", "autoregressive", "masked", "next_scale", "diffusion"] = "tokenizer"
     data: DataConfig = field(default_factory=DataConfig)
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)

@@ -16,6 +16,8 @@ class Size(NamedTuple):
 SIZES = {
     "tiny": Size(4, 4, 128),
     "small": Size(6, 6, 240),
+    "masked": Size(24, 8, 768),
+    "d16": Size(16, 16, 1024),
     "B": Size(12, 12, 768),
     "L": Size(24, 16, 1024),
     "XL": Size(36, 20, 1280),
@@ -25,15 +27,15 @@ SIZES = {
     "3B": Size(24, 32, 3200),
     "7B": Size(32, 32, 4096),
 }
-"""By name. From B on they are LlamaGen's; tiny and small are ours, for laptops."""
+"""By name. From B on they are LlamaGen's, d16 is VAR's, `masked` MaskGIT's; tiny and small are ours, for laptops."""
 
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """An autoregressive prior. The tokens are `data.source`.
+    """A transformer as an autoregressive, a masked or a next-scale prior. The tokens are `data.source`.
 
     Attributes:
-        size: A name of `SIZES`: tiny, small, B, L, XL, XXL, XXXL, 1B, 3B, 7B.
+        size: A name of `SIZES`: tiny, small, masked, d16, B, L, XL, XXL, XXXL, 1B, 3B, 7B.
         layers: Instead of the size's (None: the size's), likewise the two that follow.
         heads: Attention heads.
         width: Width of the hidden states.

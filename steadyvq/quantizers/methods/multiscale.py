@@ -268,6 +268,26 @@ class MultiScale(Wrapper):
             assert total is not None
             return total.to(dtype or total.dtype)
 
+    def following(self, indices: Tensor) -> list[Tensor]:
+        """What a prior reads that predicts scale after scale: f^ after each scale, averaged to the size of the next.
+
+        Args:
+            indices: (B, T) of the first scales, without the last of all.
+
+        Returns:
+            area_{k+1}(f^_k), (B, h_{k+1}, w_{k+1}, d), for every scale k that was given.
+        """
+        parts = self.split(indices)
+        if len(parts) == self.count:
+            raise ValueError(f"indices hold all {self.count} scales, but nothing follows the last: leave it out")
+        with torch.autocast(indices.device.type, enabled=False):
+            found: list[Tensor] = []
+            total = self.anchor.new_zeros(len(indices), self.dim, *self.scales[-1])
+            for k, part in enumerate(parts):
+                total = total + self._up(self.layer(k).decode(part, dtype=self.anchor.dtype), k)
+                found.append(self._down(total, k + 1))
+            return found
+
     def _rebuilt(self, inner: Sequence[Quantizer]) -> Wrapper:
         baked = MultiScale(inner, self.scales, phis=len(self.phis), ratio=self.ratio, trainable=False)
         baked.phis.load_state_dict(self.phis.state_dict())
