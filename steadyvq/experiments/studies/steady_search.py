@@ -13,17 +13,30 @@ from steadyvq.training.strict import merge
 RATES = (2e-3, 4e-3, 8e-3)
 VARIED = 4e-3
 """The rate at which variants of the preset were compared."""
+PATIENCES = (7, 15, 30)
+
+
+def with_maintenance(**changed: Any) -> Values:
+    """The preset's quantizer with other maintenance."""
+    codes = steady()["quantizer"]
+    own = merge(codes["options"]["maintenance"], changed)
+    return {"quantizer": {**codes, "options": {**codes["options"], "maintenance": own}}}
+
+
+def at_sizes() -> Mapping[str, Values]:
+    """What may depend on how many codes and steps there are."""
+    found: dict[str, Values] = {
+        f"patience of {patience}": with_maintenance(replace={"patience": patience}) for patience in PATIENCES
+    }
+    found["patience of 30, average of 100 steps"] = with_maintenance(replace={"patience": 30}, ema={"decay": 0.99})
+    found["no replacement"] = with_maintenance(replace=None)
+    return found
 
 
 def variants() -> Mapping[str, Values]:
     """The preset with one thing changed."""
     settle, quantise = steady()["stages"]
     consolidated = {"name": "refine", "frozen": ["encoder"], "weights": {"commitment": 0.0}, "paused": ["replace"]}
-    codes = steady()["quantizer"]
-
-    def with_maintenance(**changed: Any) -> Values:
-        own = merge(codes["options"]["maintenance"], changed)
-        return {"quantizer": {**codes, "options": {**codes["options"], "maintenance": own}}}
 
     def settled(share: float) -> Values:
         return {"stages": [{**settle, "until": {"at_fraction": share}}, quantise]}
@@ -54,6 +67,10 @@ def arms(settings: Mapping[str, Any]) -> Mapping[str, ArmPlan]:
     base = arm("steady", lr=settings["varied"], **size)
     for name, changes in variants().items():
         made[f"steady, {name}"] = Trained(base.recipe, _changed(base.settings, changes))
+    for codes, steps in settings["sizes"]:
+        base = arm("steady", codes, steps, settings["varied"])
+        for name, changes in at_sizes().items():
+            made[f"steady, {name}, K={codes}, {steps} steps"] = Trained(base.recipe, _changed(base.settings, changes))
     return made
 
 
@@ -88,7 +105,8 @@ def _ahead(better: str, worse: str) -> Callable[[Results], Decision]:
 def _any_variant(results: Results) -> Decision:
     """Whether the best variant is ahead of the preset."""
     base = f"steady lr {VARIED:g}"
-    found = {name: mean(results.values(name, "psnr")) for name in results.cells if name.startswith("steady, ")}
+    names = [f"steady, {name}" for name in variants()]
+    found = {name: mean(results.values(name, "psnr")) for name in names if name in results.cells}
     if not found:
         raise Missing("no variant has a result")
     best = max(found, key=lambda name: found[name])
@@ -103,12 +121,18 @@ STUDY = Study(
         "The corpus of 385 photographs (docs/steady.md), its `train` photographs to learn from and 104 crops of 32x32 of those "
         "of `val` to choose by; the test photographs are not opened. The quickstart's autoencoder, {steps} steps of 8 crops, "
         "K = {codes}, d = 32, cosine decay; everybody at the rates {rates}, a free codebook at 3e-2 (`fvq` at 1e-1). "
-        "Variants of the preset at {varied}."
+        "Variants of the preset at {varied}, patience and average at {sizes} (K, steps) too."
     ),
     profiles={
-        "tiny": {"codes": 4096, "steps": 200, "rates": list(RATES), "varied": VARIED},
-        "small": {"codes": 4096, "steps": 2000, "rates": list(RATES), "varied": VARIED},
-        "full": {"codes": 16384, "steps": 20000, "rates": list(RATES), "varied": VARIED},
+        "tiny": {
+            "codes": 4096,
+            "steps": 200,
+            "rates": list(RATES),
+            "varied": VARIED,
+            "sizes": [[1024, 450], [16384, 450]],
+        },
+        "small": {"codes": 4096, "steps": 2000, "rates": list(RATES), "varied": VARIED, "sizes": [[1024, 4000]]},
+        "full": {"codes": 16384, "steps": 20000, "rates": list(RATES), "varied": VARIED, "sizes": [[4096, 40000]]},
     },
     arms=arms,
     claims=(
