@@ -105,11 +105,10 @@ def test_what_cannot_be_decoded_is_left_out_if_asked_for(tiles, tmp_path):
 
 
 def test_the_built_in_photographs_keep_their_splits(monkeypatch, tmp_path):
-    from steadyvq.data import mvtb
+    from steadyvq.data import built_in
 
-    some = mvtb.mvtb_files()[::12]
-    for module in (mvtb, sharding, sys.modules["steadyvq.data.sources"]):
-        monkeypatch.setattr(module, "mvtb_files", lambda: some)
+    some = built_in.mvtb_files()[::12]
+    monkeypatch.setitem(built_in.BUILT_IN, "mvtb", lambda: some)
     ShardWriter("mvtb", tmp_path / "out", 3).write()
     source, direct = open_source(tmp_path / "out"), open_source("mvtb")
     held = {source.name(i): split for i, split in enumerate(source.splits)}
