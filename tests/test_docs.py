@@ -131,6 +131,8 @@ def test_every_command_runs(photos, steadyvq_command, tmp_path):
             if words[2].startswith("generate_"):
                 words[words.index("--out") + 1] = f"runs/{len(seen)}"
             done = steadyvq_command(*words[1:], *sets[:6], "--set", "batch_size=16", cwd=folder)
+        elif words[1] == "train" and "--dry-run" in words:
+            done = steadyvq_command(*words[1:], cwd=folder)
         elif words[1] == "train" and "--resume" not in words:
             extra = [] if "--out" in words else ["--out", f"runs/{len(seen)}"]
             done = steadyvq_command(*words[1:], *sets, *extra, cwd=folder)

@@ -246,4 +246,4 @@ def test_an_interrupted_experiment_says_how_to_go_on(tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "go on with: steadyvq experiment two-samples" in said
-    assert not list(tmp_path.glob("e/cells/*/result.json"))
+    assert not (tmp_path / "e" / "experiment.json").exists()

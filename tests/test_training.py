@@ -613,7 +613,7 @@ def test_the_defaults_are_those_that_the_evidence_was_made_with():
     for part, added in ADDED.items():
         assert {name: plain[part].pop(name) for name in added} == added
     assert plain.pop("adversarial")["discriminator"] == "none"
-    assert plain["stages"][0].pop("ramp") == {}
+    assert [plain["stages"][0].pop(name) for name in ("ramp", "place")] == [{}, ""]
     assert [plain.pop(name) for name in ("train", "init_parts", "latent")] == ["all", "all", 0.0]
     assert [plain.pop(name) for name in ("perceptual", "perceptual_net", "perceptual_weights")] == [0.0, "vgg", None]
     assert [plain.pop(name) for name in ("compile", "activation_checkpointing", "strategy")] == [False, False, "ddp"]
