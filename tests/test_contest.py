@@ -30,9 +30,10 @@ def test_p_values_under_no_difference_are_even():
 
 
 def test_the_spread_over_photographs_counts():
-    """Five seeds that agree to the last digit prove nothing where the photographs disagree."""
-    same = [[1.0, -1.0, 1.0, -1.0, 0.4]] * 5
-    assert p_value(same) > 0.5
+    """Five seeds that agree closely prove nothing where the photographs disagree."""
+    agreeing = [[1.0, -1.0, 1.0, -1.0, 0.4 + 0.01 * i] for i in range(5)]
+    assert p_value(agreeing) > 0.5
+    assert p_value([[sum(own) / 5] for own in agreeing]) < 0.01
     assert p_value([[1.0 + 0.01 * i, 1.1, 0.9] for i in range(5)]) < 1e-4
 
 
