@@ -30,6 +30,11 @@ def at_sizes() -> Mapping[str, Values]:
     }
     found["patience of 30, average of 100 steps"] = with_maintenance(replace={"patience": 30}, ema={"decay": 0.99})
     found["no replacement"] = with_maintenance(replace=None)
+    settle, quantise = steady()["stages"]
+    resting = {"name": "refine", "paused": ["replace"]}
+    found["replacement rests in the last fifth"] = {
+        "stages": [settle, {**quantise, "until": {"at_fraction": 0.8}}, resting]
+    }
     return found
 
 
