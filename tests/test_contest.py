@@ -2,15 +2,21 @@
 """The contest: its statistics against references, its rates against the search, its judge on a real run."""
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from steadyvq.experiments.claims import Results, holm, p_value, student_tail
 from steadyvq.experiments.contest import CONTROLS, METHODS, RATES, everybody
-from steadyvq.experiments.runner import run_config
+from steadyvq.experiments.runner import read_results, run_config
 from steadyvq.experiments.studies.steady import STUDY, ahead_somewhere, arms, family, not_behind
+from steadyvq.experiments.studies.steady_search import best_rate
+from steadyvq.training.config import read_recipe
+
+EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "experiments"
 
 
 def test_the_tail_of_students_t_is_that_of_the_tables():
@@ -96,3 +102,10 @@ def test_everybody_has_the_same_effort():
         same = [key for key in first if key not in ("quantizer", "stages", "title")]
         assert {key: first[key] for key in same} == {key: second[key] for key in same}
     assert set(RATES) == set(everybody())
+
+
+def test_the_rates_are_the_best_of_the_recorded_search():
+    record = json.loads((EVIDENCE / "steady-search.json").read_text())
+    results = read_results(record)
+    assert {method: best_rate(results, method) for method in RATES} == RATES
+    assert read_recipe("steady")["optim"]["lr"] == RATES["steady"]

@@ -101,6 +101,7 @@ def test_what_cannot_be_had_is_told(package, tmp_path, monkeypatch):
         corpus.corpus_files()
     with pytest.raises(ValueError, match=r"does not hold walls_2.0-1_all.deb"):
         corpus.fetch_corpus(tmp_path)
+    assert not corpus.corpus_home().exists()
     file = next(package.iterdir())
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match="another SHA-256"):

@@ -103,9 +103,6 @@ def fetch_corpus(debs: Path | None = None, advance: Callable[[int], object] = la
     Raises:
         ValueError: A package cannot be had or is not the one that was listed, or mvtb-data is not installed.
     """
-    for name, path, _ in mvtb_files():
-        _keep(f"{MVTB}/{_flat(name)}", path)
-        advance(1)
     for package in corpus_packages():
         wanted = {file: name for file, (name, _) in package.names().items() if not _place(name).is_file()}
         advance(len(package.names()) - len(wanted))
@@ -115,6 +112,10 @@ def fetch_corpus(debs: Path | None = None, advance: Callable[[int], object] = la
                 advance(1)
         if wanted:
             raise ValueError(f"{package.deb} does not hold {sorted(wanted)[0]}: the list of the corpus does not fit it")
+    # Last: a package that cannot be had is told before anything is written.
+    for name, path, _ in mvtb_files():
+        _keep(f"{MVTB}/{_flat(name)}", path)
+        advance(1)
     return corpus_home()
 
 

@@ -50,8 +50,9 @@ class DataConfig:
     """Which photographs, and how they are cut.
 
     Attributes:
-        source: `mvtb` (the photographs of the package mvtb-data, split by scene), a folder of images, a folder of shards
-            written by `steadyvq data shard`, `hf:...` for Hugging Face datasets or `wds:...` for webdataset (docs/data.md).
+        source: `mvtb` (the photographs of the package mvtb-data, split by scene), `corpus` (docs/steady.md), a folder of
+            images, a folder of shards written by `steadyvq data shard`, `hf:...` for Hugging Face datasets or `wds:...` for
+            webdataset (docs/data.md).
         crop_size: Side of the training crops in pixels.
         min_scale: Crops come from regions this many times larger or more, as far as a photograph is large enough. 1000 for
             both makes the whole shorter side the crop's; in evaluations photographs are shrunk by `min_scale` first.
