@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -112,3 +113,25 @@ def log(run: Path) -> list[dict[str, object]]:
     """The rows of a run's log, less times."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def check_a_kill_leaves_no_trace(folder: Path) -> None:
+    """Trains r.yaml of a folder through the command line, in one go and killed after a checkpoint: the same, bit for bit.
+
+    The runs are left in `whole` and `killed`.
+    """
+
+    def train(*words: str) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "steadyvq", "train", *words]
+        return subprocess.Popen(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    whole, killed = folder / "whole", folder / "killed"
+    assert train("r.yaml", "--out", "whole").wait(timeout=240) == 0
+    started = train("r.yaml", "--out", "killed")
+    while not list(killed.glob("checkpoints/*.safetensors")) and started.poll() is None:
+        time.sleep(0.005)
+    started.send_signal(signal.SIGKILL)
+    assert started.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    assert train("--resume", "killed").wait(timeout=240) == 0
+    assert_same(state(whole), state(killed))
+    assert log(whole) == log(killed)

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The diffusion prior: noise, schedulers, the way from latents to noise and back to tokens, training, sampling."""
 
-import os
-import signal
-import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +9,7 @@ import torch
 import yaml
 from conftest import tiny_recipe
 from PIL import Image
-from runs import assert_same, log, state
+from runs import check_a_kill_leaves_no_trace
 
 from steadyvq.cli import main
 from steadyvq.data import EvaluationCrops, load_collection, open_source
@@ -401,23 +398,7 @@ def test_killed_and_resumed_it_is_the_same_run(stored, tmp_path):
     """Dropout, hidden classes, measured channels and averaged weights included, bit for bit; through the command line."""
     changes = {"diffusion": {"dropout": 0.1}, "epochs": 6, "eval_every": 3, "checkpoint_every": 1}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe(stored / "tokens", **changes)))
-
-    def command(*words):
-        return subprocess.Popen(
-            [sys.executable, "-m", "steadyvq", "train", *words],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    assert command("r.yaml", "--out", "whole").wait(timeout=240) == 0
-    started = command("r.yaml", "--out", "killed")
-    while not list((tmp_path / "killed").glob("checkpoints/*.safetensors")) and started.poll() is None:
-        pass
-    started.send_signal(signal.SIGKILL)
-    started.wait()
-    assert command("--resume", "killed").wait(timeout=240) == 0
-    assert_same(state(tmp_path / "whole"), state(tmp_path / "killed"))
-    assert log(tmp_path / "whole") == log(tmp_path / "killed")
+    check_a_kill_leaves_no_trace(tmp_path)
     whole, killed = (read_tensors(tmp_path / name / "prior" / "prior.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     assert not torch.equal(whole["deviation"], torch.ones_like(whole["deviation"]))

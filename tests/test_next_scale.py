@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The next-scale prior: what a scale sees, stepwise and teacher-forced reading, drawing, training."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from runs import assert_same, log, state
+from runs import check_a_kill_leaves_no_trace
 from stored import BY_HEART, recipe, store
 
 from steadyvq.cli import main
@@ -200,23 +196,7 @@ def test_killed_and_resumed_it_is_the_same_run(kind, tokens, tmp_path):
     """Dropout, hidden classes, hidden tokens and averaged weights included, bit for bit; through the command line."""
     stored = of_kind(kind, tokens, tmp_path / "own")
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe(kind, stored, epochs=12, checkpoint_every=2)))
-
-    def command(*words):
-        return subprocess.Popen(
-            [sys.executable, "-m", "steadyvq", "train", *words],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    assert command("r.yaml", "--out", "whole").wait(timeout=240) == 0
-    started = command("r.yaml", "--out", "killed")
-    while not list((tmp_path / "killed").glob("checkpoints/*.safetensors")) and started.poll() is None:
-        pass
-    started.send_signal(signal.SIGKILL)
-    started.wait()
-    assert command("--resume", "killed").wait(timeout=240) == 0
-    assert_same(state(tmp_path / "whole"), state(tmp_path / "killed"))
-    assert log(tmp_path / "whole") == log(tmp_path / "killed")
+    check_a_kill_leaves_no_trace(tmp_path)
 
 
 @KINDS

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The autoregressive prior: its rotation, its distribution, how it is drawn from, how it is trained."""
 
-import os
 import shutil
-import signal
-import subprocess
 import sys
 
 import numpy as np
@@ -13,7 +10,7 @@ import torch
 import yaml
 from conftest import tiny_recipe
 from PIL import Image
-from runs import assert_same, log, state
+from runs import check_a_kill_leaves_no_trace
 
 from steadyvq.cli import main
 from steadyvq.data import EvaluationCrops, load_collection, open_source
@@ -318,23 +315,7 @@ def test_batches_show_every_image_once_per_pass_and_hide_classes(stored):
 def test_killed_and_resumed_it_is_the_same_run(stored, tmp_path):
     """Dropout, hidden classes and averaged weights included, bit for bit; through the command line."""
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe(stored / "tokens", epochs=12, checkpoint_every=2)))
-
-    def command(*words):
-        return subprocess.Popen(
-            [sys.executable, "-m", "steadyvq", "train", *words],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    assert command("r.yaml", "--out", "whole").wait(timeout=240) == 0
-    started = command("r.yaml", "--out", "killed")
-    while not list((tmp_path / "killed").glob("checkpoints/*.safetensors")) and started.poll() is None:
-        pass
-    started.send_signal(signal.SIGKILL)
-    started.wait()
-    assert command("--resume", "killed").wait(timeout=240) == 0
-    assert_same(state(tmp_path / "whole"), state(tmp_path / "killed"))
-    assert log(tmp_path / "whole") == log(tmp_path / "killed")
+    check_a_kill_leaves_no_trace(tmp_path)
 
 
 class TestBadInput:
