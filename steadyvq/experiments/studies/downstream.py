@@ -242,8 +242,9 @@ STUDY = Study(
     question="Do tokens that reconstruct better also generate better, and what do they cost a prior?",
     protocol=(
         "{size} Tokenizers are those of `table1` and of the preset `steady`. "
-        "Over the tokens of random crops of the training photographs one autoregressive prior without classes is trained for the same steps at the same rate for every method, and draws "
-        "without guidance. KID-Lite0 (the papers: gFID by the 2015 Inception, of latent diffusion or LlamaGen) is that of "
+        "Over the tokens of random crops of the training photographs one autoregressive prior without classes is trained for "
+        "the same steps at the same rate for every method, and draws without guidance. "
+        "KID-Lite0 (the papers: gFID by the 2015 Inception, of latent diffusion or LlamaGen) is that of "
         "samples, and of the decoded tokens of real crops, against other crops of the training photographs. Bits are "
         "-log2 p of the held-out crops on which PSNR is measured. Bits at equal PSNR (18 dB) are those of a sender who codes "
         "so many of the images that their mean squared error, with the mean colour for the others, is that of 18 dB. Bits by "
