@@ -14,7 +14,7 @@ def test_the_demo_shows_what_the_readme_says(steadyvq_command, tmp_path):
     seconds = time.monotonic() - start
     assert done.returncode == 0, done.stderr
     final, pixels = {}, {}
-    for arm in ("vq", "nsvq", "simvq", "ema"):
+    for arm in ("vq", "nsvq", "simvq", "ema", "steady"):
         folder = tmp_path / "runs" / "demo" / arm
         record = json.loads(max((folder / "evaluations").glob("step-*.json")).read_text())
         assert record["split"] == "test"
@@ -26,6 +26,7 @@ def test_the_demo_shows_what_the_readme_says(steadyvq_command, tmp_path):
     assert final["vq"]["utilization"] < 0.15 * final["vq"]["ceiling"]
     assert final["nsvq"]["utilization"] > 0.35 * final["nsvq"]["ceiling"]
     assert final["nsvq"]["psnr"] > final["vq"]["psnr"] + 1
+    assert final["steady"]["utilization"] > 0.9 * final["steady"]["ceiling"]
     page = (tmp_path / "runs" / "demo" / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 4
     assert "<svg" in page

@@ -45,6 +45,8 @@ class Parser(argparse.ArgumentParser):
         wrong = [word.strip("',") for word in message.split() if word.strip("',").startswith("-") or "'" in word]
         near = [match for word in wrong[:1] for match in difflib.get_close_matches(word, self.words(), 1)]
         hint = f"; did you mean {near[0]}?" if near else f"; see `{self.prog} --help`"
+        if near[:1] == wrong[:1]:
+            hint = f": other commands have {near[0]}, this one does not (settings of a run: --set KEY=VALUE)"
         sys.stderr.write(f"{self.prog}: {message}{hint}\n")
         raise SystemExit(BAD_INPUT)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo: a plain codebook dies and an NSVQ codebook lives, same photographs, same budget, same code path.
 
-    steadyvq demo                      # four arms, minutes on a laptop
+    steadyvq demo                      # five arms, minutes on a laptop
     steadyvq demo --data my_photos/
 
 The arms differ from the base recipe in the keys that `recipes/demo.yaml` names, and in nothing else.

@@ -147,6 +147,7 @@ DEMO_ARMS = {
     "nsvq": "nsvq-lr3e-2",
     "simvq": "simvq",
     "ema": "ema-kmeans-replacement",
+    "steady": "steady",
 }
 
 
