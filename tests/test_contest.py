@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ import pytest
 from steadyvq.experiments.claims import Results, holm, p_value, student_tail
 from steadyvq.experiments.contest import CONTROLS, METHODS, RATES, everybody
 from steadyvq.experiments.runner import read_results, run_config
-from steadyvq.experiments.studies.steady import STUDY, ahead_somewhere, arms, family, not_behind
+from steadyvq.experiments.studies.steady import STUDY, ahead_somewhere, arms, family, not_behind, pictures
 from steadyvq.experiments.studies.steady_search import best_rate
+from steadyvq.report.intervals import Dot, intervals_svg
 from steadyvq.training.config import read_recipe
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence" / "experiments"
@@ -109,3 +111,29 @@ def test_the_rates_are_the_best_of_the_recorded_search():
     results = read_results(record)
     assert {method: best_rate(results, method) for method in RATES} == RATES
     assert read_recipe("steady")["optim"]["lr"] == RATES["steady"]
+
+
+def test_the_picture_shows_every_difference_with_its_interval(tmp_path):
+    """Read back from the SVG by the ticks of its own axis."""
+    dots = [
+        Dot("K = 1", "a", "few", 0.5, 0.2, 0.8),
+        Dot("K = 1", "b", "few", -1.0, -1.5, 1.0),
+        Dot("K = 2", "b", "many", 2.0, 1.0, 3.0),
+    ]
+    root = ElementTree.fromstring(intervals_svg("title", "unit", dots))
+    ns = "{http://www.w3.org/2000/svg}"
+    panels = [group for group in root.findall(f"{ns}g") if group.findall(f"{ns}text") and group.findall(f"{ns}line")]
+    shown = [group for group in root.findall(f"{ns}g") if group.findall(f"{ns}polyline")]
+    assert len(panels) == 2
+    assert len(shown) == len(dots)
+    for dot, group in zip(dots, shown, strict=True):
+        texts = panels[int(dot.panel[-1]) - 1].findall(f"{ns}text")[1:-1]
+        (x0, v0), (x1, v1) = ((float(t.get("x")), float(t.text)) for t in (texts[0], texts[-1]))
+        ends = [float(end.split(",")[0]) for end in group.find(f"{ns}polyline").get("points").split()]
+        found = [v0 + (at - x0) * (v1 - v0) / (x1 - x0) for at in (float(group.find(f"{ns}circle").get("cx")), *ends)]
+        assert found == pytest.approx([dot.value, dot.low, dot.high], abs=0.02)
+    results = made({})
+    drawn = pictures(tmp_path / "plots", {}, results)
+    assert [path.name for path in drawn] == ["psnr.svg", "lpips.svg"]
+    assert drawn[0].read_text().count("<polyline") == len(results.arms) - sum("steady," in arm for arm in results.arms)
+    assert not pictures(tmp_path / "plots", {}, Results({}, [])), "nothing to draw where nothing is done"

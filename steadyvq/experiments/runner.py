@@ -294,7 +294,7 @@ class Experiment:
         pictures: Sequence[Path] = ()
         if self.study.draw is not None:
             folders = {cell: job.path for cell, job in self.jobs.items() if job.result() is not None}
-            pictures = self.study.draw(out / "plots", folders)
+            pictures = self.study.draw(out / "plots", folders, read_results(record))
         files = {RECORD: as_text(record), "experiment.md": as_markdown(self.study, record)}
         files["experiment.html"] = as_html(self.study, record, pictures)
         files |= {f"plots/{name}.svg": svg for name, svg in plots(self.study, record).items()}

@@ -146,7 +146,7 @@ class Study:
         measures: Columns of the table.
         curves: Charts.
         seeds: Default number of seeds.
-        draw: Makes pictures: (folder for them, folders of the cells by arm and seed) to files, which the page shows.
+        draw: Makes pictures: (folder for them, folders of the cells by arm and seed, results) to files, which the page shows.
         check: Called before anything is run; raises ValueError where a library that the arms need is missing.
     """
 
@@ -160,7 +160,7 @@ class Study:
     measures: Sequence[Measure] = OUTCOME
     curves: Sequence[Curve] = OUTCOME_CURVES
     seeds: int = 3
-    draw: Callable[[Path, Mapping[tuple[str, int], Path]], Sequence[Path]] | None = None
+    draw: Callable[[Path, Mapping[tuple[str, int], Path], Results], Sequence[Path]] | None = None
     check: Callable[[], None] | None = None
 
     def settings(self, profile: str) -> Mapping[str, Any]:

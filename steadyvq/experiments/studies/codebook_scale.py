@@ -12,7 +12,7 @@ METHODS = {"vq": VQ, "nsvq": NSVQ, "simvq": SIMVQ, "ema": EMA}
 SIZES = {
     "tiny": {"codes": [256, 1024, 4096, 16384], "dim": 32},
     "small": {"codes": [1024, 4096, 16384], "dim": 64},
-    "full": {"codes": [1024, 8192, 65536, 262144], "dim": 256},
+    "full": {"codes": [1024, 4096, 16384, 65536, 262144], "dim": 256},
 }
 
 

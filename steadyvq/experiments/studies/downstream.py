@@ -174,7 +174,7 @@ def arms(settings: Mapping[str, Any]) -> Mapping[str, ArmPlan]:
     return made
 
 
-def pictures(folder: Path, cells: Mapping[tuple[str, int], Path]) -> Sequence[Path]:
+def pictures(folder: Path, cells: Mapping[tuple[str, int], Path], _: Results) -> Sequence[Path]:
     """What the prior of every method drew with seed 0."""
     folder.mkdir(parents=True, exist_ok=True)
     made = [(path / PICTURE, folder / f"{arm}.png") for (arm, seed), path in cells.items() if seed == 0]

@@ -36,7 +36,7 @@ def arms(settings: Mapping[str, Any]) -> Mapping[str, ArmPlan]:
     return {name: trained(settings, *own, measure=sharpness) for name, own in METHODS.items()}
 
 
-def pictures(folder: Path, cells: Mapping[tuple[str, int], Path]) -> Sequence[Path]:
+def pictures(folder: Path, cells: Mapping[tuple[str, int], Path], _: Results) -> Sequence[Path]:
     """Originals and reconstructions of every arm with seed 0."""
     folder.mkdir(parents=True, exist_ok=True)
     made = [(run, folder / f"{arm}.png") for (arm, seed), run in cells.items() if seed == 0]

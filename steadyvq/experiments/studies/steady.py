@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The preset `steady` against eight rivals on photographs that nobody's settings were chosen on."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from steadyvq.experiments.claims import Claim, Decision, Missing, Results, holm, p_value
+from steadyvq.experiments.claims import Claim, Decision, Missing, Results, holm, interval, p_value
 from steadyvq.experiments.contest import CONTROLS, METHODS, RATES, arm
 from steadyvq.experiments.study import ArmPlan, Curve, Measure, Study
+from steadyvq.files import write_text
+from steadyvq.report.intervals import Dot, intervals_svg
 
 LEVEL = 0.05
 BETTER = {"test_psnr": 1.0, "test_lpips": -1.0}
 """The measures that decide, with the sign that makes more better."""
+UNITS = {"test_psnr": "PSNR in dB", "test_lpips": "LPIPS"}
 SHOWN = {"test_psnr": "{:+.2f} dB", "test_lpips": "{:+.4f} LPIPS"}
 LARGE = 4096
 NAME = re.compile(r"(?P<method>.+), K=(?P<codes>\d+), (?P<steps>\d+) steps")
@@ -117,6 +122,36 @@ def ahead_somewhere(results: Results) -> Decision:
     return Decision("reproduced" if all(best.values()) else "undecided", told, seeds=seeds)
 
 
+def pictures(folder: Path, _: Mapping[tuple[str, int], Path], results: Results) -> Sequence[Path]:
+    """How far the preset is ahead of everybody else, at every size and budget, with intervals that are not corrected."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for measure, sign in BETTER.items():
+        dots = []
+        for name in results.arms:
+            matched = NAME.fullmatch(name)
+            assert matched is not None
+            own = f"steady, K={matched['codes']}, {matched['steps']} steps"
+            if name == own:
+                continue
+            try:
+                gains = results.gains(own, name, measure)
+            except Missing:
+                continue
+            found = interval([[sign * gain for gain in seed] for seed in gains])
+            if math.isfinite(found[1]):
+                dots.append(
+                    Dot(f"K = {int(matched['codes']):,}", matched["method"], f"{matched['steps']} steps", *found)
+                )
+        if dots:
+            path = folder / f"{measure.removeprefix('test_')}.svg"
+            write_text(
+                path, intervals_svg(f"The preset against the others, {UNITS[measure]}", "the preset is better →", dots)
+            )
+            made.append(path)
+    return made
+
+
 TITLES = {
     "vq + replacement": "plain codes on data with replacement",
     "ema + k-means + replacement": "moving averages with k-means start and replacement",
@@ -166,4 +201,5 @@ STUDY = Study(
     ),
     curves=(Curve("drift", "Encoder drift", "spreads per epoch"),),
     seeds=5,
+    draw=pictures,
 )

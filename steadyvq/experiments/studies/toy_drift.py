@@ -180,7 +180,7 @@ MEASURES = (
 )
 
 
-def draw(folder: Path, cells: Mapping[tuple[str, int], Path]) -> Sequence[Path]:
+def draw(folder: Path, cells: Mapping[tuple[str, int], Path], _: Results) -> Sequence[Path]:
     """An animation of the codes of a few methods: grey points, used codes dark, dead codes red."""
     from PIL import Image, ImageDraw
 
