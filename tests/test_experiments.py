@@ -200,6 +200,28 @@ def test_every_study_can_be_planned_in_every_profile():
 
 
 @pytest.mark.parametrize("path", sorted(EVIDENCE.glob("*.json")), ids=lambda path: path.stem)
+class Anything(dict[str, object]):
+    """What a cell found, with a number for whatever is asked."""
+
+    def __missing__(self, name: str) -> float:
+        return 1.0 + len(name) / 10
+
+    def get(self, name: str, default: object = None) -> object:
+        return {} if name in ("photographs", "curves") else self[name]
+
+
+@pytest.mark.parametrize("profile", ["tiny", "small", "full"])
+def test_every_claim_can_be_decided_in_every_profile(profile):
+    """No claim asks for an arm that the profile has not."""
+    for name, study in studies().items():
+        plans = study.arms(study.settings(profile))
+        cells = {arm: {seed: Anything() for seed in range(3)} for arm in plans}
+        for verdict in study.judge(Results(cells, list(cells))):
+            assert "has results of" not in verdict["found"], (
+                f"{name}, {profile}: {verdict['claim']}: {verdict['found']}"
+            )
+
+
 def test_evidence_is_of_the_settings_of_today_and_says_what_its_cells_say(path):
     record = json.loads(path.read_text())
     one = study_of(path.stem)

@@ -350,7 +350,9 @@ def _add_experiment(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--out", type=Path, help="the folder; given again, it goes on (default: runs/experiments/NAME-PROFILE)"
     )
     experiment.add_argument(
-        "--cells", type=Path, help="where runs are kept; experiments may share it (default: in OUT)"
+        "--cells",
+        type=Path,
+        help="where runs are kept; experiments may share it (default: beside OUT's default, or in OUT)",
     )
     experiment.add_argument("--data", help="photographs to train on (default: as the experiment's recipe says)")
     experiment.add_argument("--dry-run", action="store_true", help="print every arm's settings and run nothing")

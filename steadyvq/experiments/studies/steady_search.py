@@ -134,9 +134,8 @@ STUDY = Study(
     protocol=(
         "The corpus of 385 photographs (docs/steady.md), its `train` photographs to learn from and 104 crops of 32x32 of those "
         "of `val` to choose by; the test photographs are not opened. The quickstart's autoencoder, {steps} steps of 8 crops, "
-        "K = {codes}, d = 32, cosine decay; everybody at the rates {rates} and, where the best of them was at an edge, further; "
-        "a free codebook at 3e-2 "
-        "(`fvq` at 1e-1). "
+        "K = {codes}, d = 32, cosine decay; everybody at the rates {rates} and, where the best of them was at an edge, beyond; "
+        "a free codebook at 3e-2 (`fvq` at 1e-1). "
         "Variants of the preset at {varied}, patience and average at {sizes} (K, steps) too."
     ),
     profiles={
