@@ -352,7 +352,7 @@ def _add_experiment(commands: "argparse._SubParsersAction[Parser]") -> None:
     experiment.add_argument(
         "--cells",
         type=Path,
-        help="where runs are kept; experiments may share it (default: beside OUT's default, or in OUT)",
+        help="where runs are kept; experiments may share it (default: runs/experiments/cells; with --out, in OUT)",
     )
     experiment.add_argument("--data", help="photographs to train on (default: as the experiment's recipe says)")
     experiment.add_argument("--dry-run", action="store_true", help="print every arm's settings and run nothing")

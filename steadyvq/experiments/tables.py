@@ -100,17 +100,19 @@ def _not_run(study: Study) -> list[str]:
 
 def experiments_table() -> str:
     """Every experiment: what it asks, and what its record says and took."""
-    rows, seconds = [], 0.0
+    rows, spent = [], dict[str, float]()
     for name, study in studies().items():
         cells = _not_run(study)
         if name in recorded_experiments():
             record = evidence(f"experiments/{name}")
-            seconds += record["seconds"]
+            for cell in record["cells"]:
+                # A cell that experiments share was trained once; who came later has the time of its measurement alone.
+                spent[cell["key"]] = max(cell["seconds"], spent.get(cell["key"], 0.0))
             verdicts = Counter(claim["verdict"] for claim in record["claims"])
             runs = f"{len({c['arm'] for c in record['cells']})} arms, {record['seeds']} seeds"
             cells = [", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()), runs, duration(record["seconds"])]
         rows.append([f"`{name}`", study.question, *cells])
-    rows.append(["all recorded", "", "", "", duration(seconds)])
+    rows.append(["all recorded", "", "", "", duration(sum(spent.values()))])
     return markdown(["experiment", "question", "claims", "profile `tiny`", "one core"], rows)
 
 

@@ -156,7 +156,7 @@ TITLES = {
     "vq + replacement": "plain codes on data with replacement",
     "ema + k-means + replacement": "moving averages with k-means start and replacement",
     "simvq": "SimVQ",
-    "nsvq": "NSVQ as published",
+    "nsvq": "NSVQ, frozen for the last fifth",
     "nsvq_kernel": "the kernel rule of NS-VQ",
     "fvq": "FVQ",
     "cvq": "CVQ-VAE",
