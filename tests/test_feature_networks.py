@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from steadyvq.data import EvaluationCrops, load_collection, to_float
+from steadyvq.generation.judge import judge_samples
+from steadyvq.metrics import to_uint8
 from steadyvq.models.features import JUDGES, FeatureNetwork, load_features, published_shapes, self_check
 from steadyvq.models.perceptual_weights import MissingWeights, digest
 
@@ -137,6 +139,24 @@ class TestInception:
         assert found.shape == (1, 2048)
         assert float(expected.std()) > 1e-2
         torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+    def test_samples_are_judged_by_it(self, photographs):
+        """gFID, KID, precision, recall and the score under their names, from the features and classes of the network."""
+        network = FeatureNetwork("inception", random_inception())
+        real, made = to_uint8(photographs[:4]), to_uint8(photographs[2:])
+        found = judge_samples([network], real, made)
+        assert set(found.shown) >= {"gFID", "KID", "Inception score", "its deviation"}
+        with torch.no_grad():
+            x, y = (network(to_float(images)).double() for images in (real, made))
+        # tr (C_x C_y)^(1/2) is the sum of the singular values of the product of both centred matrices.
+        a, b = (features - features.mean(0) for features in (x, y))
+        spread = (a.square().sum() + b.square().sum() - 2 * torch.linalg.matrix_norm(a @ b.T, "nuc")) / 3
+        expected = (x.mean(0) - y.mean(0)).square().sum() + spread
+        assert found.metrics["gfid"] == pytest.approx(float(expected), rel=1e-4)
+        assert found.metrics["gfid_weights"] == network.weights_hash
+        assert found.metrics["inception_score"] >= 1
+        assert any("not verified with real weights" in note for note in found.notes)
+        assert any("biased upwards" in note for note in found.notes)
 
     def test_the_file_of_a_user(self, tmp_path, monkeypatch):
         """Under the published name in torch's cache, or wherever it is named; with or without counts of batches."""
