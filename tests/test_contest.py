@@ -134,6 +134,6 @@ def test_the_picture_shows_every_difference_with_its_interval(tmp_path):
         assert found == pytest.approx([dot.value, dot.low, dot.high], abs=0.02)
     results = made({})
     drawn = pictures(tmp_path / "plots", {}, results)
-    assert [path.name for path in drawn] == ["psnr.svg", "lpips.svg"]
+    assert [path.name for path in drawn] == ["lead-psnr.svg", "lead-lpips.svg"]
     assert drawn[0].read_text().count("<polyline") == len(results.arms) - sum("steady," in arm for arm in results.arms)
     assert not pictures(tmp_path / "plots", {}, Results({}, [])), "nothing to draw where nothing is done"

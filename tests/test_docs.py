@@ -147,6 +147,11 @@ def test_tables_agree_with_code_and_evidence():
     for path in DOCUMENTS:
         text = path.read_text()
         assert tables.updated(text) == text, f"{path.name}: run python -m steadyvq.experiments.tables --write"
+        for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
+            assert (path.parent / picture).is_file(), f"{path.name} shows {picture}, which is not there"
+    for name in tables.recorded_experiments():
+        for path, svg in tables.experiment_plots(name).items():
+            assert path.read_text() == svg, f"{path.name}: run python -m steadyvq.experiments.tables --write"
 
 
 @pytest.mark.parametrize("path", ["collapse.json", "tuning.json"])

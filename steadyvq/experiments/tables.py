@@ -20,14 +20,16 @@ from typing import Any
 from steadyvq.experiments import performance
 from steadyvq.experiments.doctor_tables import confusion_table, cost_table, warnings_table
 from steadyvq.experiments.markdown import markdown
-from steadyvq.experiments.pages import claims_and_arms, duration
+from steadyvq.experiments.pages import claims_and_arms, duration, plots
 from steadyvq.experiments.recipes import recipe_table, size_table
-from steadyvq.experiments.runner import Experiment
+from steadyvq.experiments.runner import Experiment, read_results
+from steadyvq.experiments.studies.steady import leads
 from steadyvq.experiments.study import Study, studies, study_of
 from steadyvq.experiments.verdict import comparison_table, notes
 from steadyvq.quantizers import methods
 
 ROOT = Path(__file__).parents[2]
+IMAGES = ROOT / "docs" / "images"
 BLOCK = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -85,9 +87,43 @@ def recorded_experiments() -> list[str]:
     return sorted(path.stem for path in (ROOT / "docs" / "evidence" / "experiments").glob("*.json"))
 
 
+SHOWN = {
+    "annealing": ("psnr",),
+    "causes": ("utilization",),
+    "codebook-scale": ("utilization",),
+    "components": ("utilization",),
+    "drift-stress": ("utilization",),
+    "dynamics": ("relative-error",),
+    "feedback": ("rows",),
+    "freeze-controls": ("psnr",),
+    "freeze-time": ("psnr",),
+    "kmeans-init": ("utilization",),
+    "oracle": ("regret",),
+    "phases": ("psnr",),
+    "replay": ("regret",),
+    "sensitivity": ("utilization",),
+    "stationary": ("regret",),
+    "steady": ("lead-psnr", "lead-lpips"),
+    "table1": ("psnr",),
+    "training-length": ("psnr",),
+}
+"""Plots of experiments that the docs show."""
+
+
+def experiment_plots(name: str) -> dict[Path, str]:
+    """The plots of an experiment that the docs show, by file."""
+    record = evidence(f"experiments/{name}")
+    made = plots(study_of(name), record)
+    if name == "steady":
+        made |= {f"lead-{measure}": svg for measure, svg in leads(read_results(record)).items()}
+    return {IMAGES / "experiments" / f"{name}-{plot}.svg": made[plot] for plot in SHOWN.get(name, ())}
+
+
 def experiment_table(name: str) -> str:
-    """What an experiment found: claims with verdicts, arms with numbers."""
-    return claims_and_arms(study_of(name), evidence(f"experiments/{name}"))
+    """What an experiment found: claims with verdicts, arms with numbers, plots."""
+    drawn = (path.relative_to(ROOT / "docs").as_posix() for path in experiment_plots(name))
+    pictures = "".join(f"\n![{Path(path).stem.replace('-', ' ')}]({path})\n" for path in drawn)
+    return claims_and_arms(study_of(name), evidence(f"experiments/{name}")) + pictures
 
 
 def _not_run(study: Study) -> list[str]:
@@ -205,7 +241,7 @@ TABLES: dict[str, Callable[[], str]] = {
     },
 }
 
-PLOT = ROOT / "docs" / "images" / "performance-scaling.svg"
+PLOT = IMAGES / "performance-scaling.svg"
 
 
 def documents() -> list[Path]:
@@ -226,11 +262,14 @@ def main() -> int:
     stale = []
     fresh_of = {path: updated(path.read_text()) for path in documents()}
     fresh_of[PLOT] = performance.scaling_plot(evidence("performance")["scaling"]["rows"])
+    for name in recorded_experiments():
+        fresh_of |= experiment_plots(name)
     for path, fresh in fresh_of.items():
         text = path.read_text() if path.exists() else ""
         if fresh != text:
             stale.append(path.name)
             if write:
+                path.parent.mkdir(exist_ok=True)
                 path.write_text(fresh)
     if stale:
         print(f"{'updated' if write else 'out of date'}: {', '.join(stale)}")

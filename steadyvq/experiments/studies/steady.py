@@ -122,10 +122,9 @@ def ahead_somewhere(results: Results) -> Decision:
     return Decision("reproduced" if all(best.values()) else "undecided", told, seeds=seeds)
 
 
-def pictures(folder: Path, _: Mapping[tuple[str, int], Path], results: Results) -> Sequence[Path]:
-    """How far the preset is ahead of everybody else, at every size and budget, with intervals that are not corrected."""
-    folder.mkdir(parents=True, exist_ok=True)
-    made = []
+def leads(results: Results) -> dict[str, str]:
+    """How far the preset is ahead of everybody else at every size and budget, with intervals that are not corrected: SVGs."""
+    made = {}
     for measure, sign in BETTER.items():
         dots = []
         for name in results.arms:
@@ -144,12 +143,18 @@ def pictures(folder: Path, _: Mapping[tuple[str, int], Path], results: Results) 
                     Dot(f"K = {int(matched['codes']):,}", matched["method"], f"{matched['steps']} steps", *found)
                 )
         if dots:
-            path = folder / f"{measure.removeprefix('test_')}.svg"
-            write_text(
-                path, intervals_svg(f"The preset against the others, {UNITS[measure]}", "the preset is better →", dots)
-            )
-            made.append(path)
+            title = f"The preset against the others, {UNITS[measure]}"
+            made[measure.removeprefix("test_")] = intervals_svg(title, "the preset is better →", dots)
     return made
+
+
+def pictures(folder: Path, _: Mapping[tuple[str, int], Path], results: Results) -> Sequence[Path]:
+    """The leads as files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {folder / f"lead-{name}.svg": svg for name, svg in leads(results).items()}
+    for path, svg in made.items():
+        write_text(path, svg)
+    return list(made)
 
 
 TITLES = {
