@@ -226,7 +226,7 @@ def bad_inputs(folder: Path, photos: Path, run: Path) -> dict[str, tuple[list[ob
         "unknown recipe": (["train", "quikstart", "--out", "out"], "did you mean 'quickstart'"),
         "unknown command": (["trian", "r.yaml"], "train"),
         "unknown flag": ([*train, "--sett", "a=1"], "did you mean --set"),
-        "flag of another command": ([*train, "--seed", "1"], "other commands have --seed, this one does not"),
+        "flag of another command": ([*train, "--seed", "1"], "unrecognized arguments: --seed 1; did you mean --set?"),
         "unknown demo arm": (["demo", "--arms", "nsvk", "--out", "out"], "did you mean 'nsvq'"),
         "demo arm named twice": (["demo", "--arms", "vq, nsvq,vq", "--out", "out"], "'vq' is named 2 times"),
         "demo with a size that does not fit": (["demo", "--set", "data.crop_size=30", "--out", "out"], "30"),

@@ -110,7 +110,7 @@ def test_every_command_runs(photos, steadyvq_command, tmp_path):
             for flag in (word for word in words if word.startswith("--")):
                 assert flag in done.stdout, f"{name}: {command}"
         elif words[1:3] == ["data", "fetch"]:
-            build_parser().parse_args(words[1:])
+            build_parser().read(words[1:])
             continue  # it needs a network; tests/test_corpus.py fetches a small one
         elif words[1:3] == ["demo", "generate"]:
             continue  # tests/test_generate.py runs it, smaller
@@ -123,7 +123,7 @@ def test_every_command_runs(photos, steadyvq_command, tmp_path):
             more = ["--set", "batch_size=8", "--set", "quantizer.init_samples=16", "--set", "data.crop_size=32"]
             done = steadyvq_command(*words[1:], *sets, *more, cwd=folder)
         elif words[1] == "experiment" and "--list" not in words:
-            given = build_parser().parse_args(words[1:])
+            given = build_parser().read(words[1:])
             study = study_of(given.name)
             assert Experiment(study, given.profile, given.seeds or study.seeds, given.out or folder / "e").jobs
             continue  # they take minutes; tests/test_experiments.py runs small ones

@@ -40,13 +40,20 @@ class Parser(argparse.ArgumentParser):
                 found += [word for parser in action.choices.values() for word in parser.words()]
         return found
 
+    def read(self, words: Sequence[str] | None) -> argparse.Namespace:
+        """The arguments; what nobody knows is told by the command that was given it, with its own words."""
+        found, rest = self.parse_known_args(words)
+        if rest:
+            commands = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+            chosen = [action.choices[found.command] for action in commands if getattr(found, "command", None)]
+            (chosen[0] if chosen else self).error(f"unrecognized arguments: {' '.join(rest)}")
+        return found
+
     def error(self, message: str) -> NoReturn:
         """Prints the error and leaves with exit code 2."""
         wrong = [word.strip("',") for word in message.split() if word.strip("',").startswith("-") or "'" in word]
         near = [match for word in wrong[:1] for match in difflib.get_close_matches(word, self.words(), 1)]
         hint = f"; did you mean {near[0]}?" if near else f"; see `{self.prog} --help`"
-        if near[:1] == wrong[:1]:
-            hint = f": other commands have {near[0]}, this one does not (settings of a run: --set KEY=VALUE)"
         sys.stderr.write(f"{self.prog}: {message}{hint}\n")
         raise SystemExit(BAD_INPUT)
 
@@ -361,7 +368,7 @@ def _add_experiment(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 2 bad input, 3 failed, 130 interrupted."""
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().read(argv)
     code = _guarded(arguments)
     if "torch.distributed" in sys.modules:
         from steadyvq.training.processes import leave

@@ -132,7 +132,7 @@ def as_html(study: Study, record: Record, pictures: Sequence[Path] = ()) -> str:
     head, rows = arm_rows(study, record)
     body = [
         tag("header", tag("p", "SteadyVQ experiment", class_="brand"), tag("h1", study.title)),
-        tag("p", study.question, class_="note"),
+        tag("p", study.question.replace("`", ""), class_="note"),
         tag("h2", "What was claimed"),
         html_table(CLAIM_HEAD, [_cells(row) for row in claim_rows(record)], class_="text"),
         tag("h2", "What was measured"),
