@@ -167,15 +167,15 @@ def transplant_table() -> str:
     return markdown(["seed", *heads, *(f"{arm} less scratch, dB" for arm in arms[2:])], rows)
 
 
-def generate_table() -> str:
-    """How near the pictures of `steadyvq demo generate` and of its rivals came to photographs."""
-    record = evidence("generate")
+def generate_table(name: str) -> str:
+    """How near the pictures of a `steadyvq demo generate` and of its rivals came to photographs."""
+    record = evidence(name)
     rows = []
-    for name in ("prior", "marginals", "shuffled", "real tokens"):
-        found = record[name]
+    for pictures in ("prior", "marginals", "shuffled", "real tokens"):
+        found = record[pictures]
         ahead = [found[key] for key in ("ahead", "ahead_low", "ahead_high") if key in found]
         shown = "{:.3f} [{:.3f}, {:.3f}]".format(*ahead) if ahead else "-"
-        rows.append([name, f"{found['kid_lite0']:.3f}", f"{found['fd_lite0']:.0f}", shown])
+        rows.append([pictures, f"{found['kid_lite0']:.3f}", f"{found['fd_lite0']:.0f}", shown])
     table = markdown(["pictures", "KID-Lite0", "FD-Lite0", "prior ahead in KID-Lite0 by [95 %]"], rows)
     return table + f"\n{record['count']:,} pictures each; commit {record['commit'][:7]}.\n"
 
@@ -229,7 +229,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "collapse": partial(arms_table, "collapse"),
     "tuning": partial(arms_table, "tuning"),
     "transplant": transplant_table,
-    "generate": generate_table,
+    "generate": partial(generate_table, "generate"),
+    "generate-diffusion": partial(generate_table, "generate_diffusion"),
     "doctor": lambda: confusion_table(evidence("doctor")["runs"]),
     "monitor-warnings": lambda: warnings_table(evidence("doctor")["runs"]),
     "monitor-cost": lambda: cost_table(evidence("monitor_cost")),
