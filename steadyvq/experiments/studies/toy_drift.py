@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from steadyvq.experiments.claims import Claim, Decision, Results, above, every, one_each
+from steadyvq.experiments.outcome import steps_to
 from steadyvq.experiments.study import Cell, Computed, Curve, Measure, Study, Values
 from steadyvq.experiments.tracking import Candidate, Follower, best_codes, decibels, distortion, distortion_of, used
 from steadyvq.quantizers import VectorQuantizer, build_quantizer, list_quantizers
@@ -25,7 +26,7 @@ WORST = 60.0
 """Regret in dB of codes that are nowhere near; so that one broken run does not decide a mean."""
 Decide = Callable[[Results], Decision]
 SHOWN = ("vq", "ema", "simvq", "nsvq_kernel", "transvq", "nsvq")
-"""What the animation shows."""
+"""What the first animation shows."""
 
 
 class Source:
@@ -73,6 +74,8 @@ def follow(cell: Cell) -> Values:
         frames[motion] = best["codes"]
     for name in ("use", "regret"):
         found[name] = round(mean(found[f"{name}_{motion}"] for motion in MOVING), 4)
+    reached = [steps_to(found["curves"][f"use_{motion}"]) for motion in MOVING]
+    found["steps_to_95"] = round(mean(step for step in reached if step is not None))
     np.savez_compressed(cell.folder / "codes.npz", **frames)
     return found
 
@@ -177,18 +180,25 @@ MEASURES = (
     Measure("regret", "regret, moving, dB", ".2f"),
     *(Measure(f"regret_{motion}", f"{motion}, dB", ".2f") for motion in MOTIONS),
     *(Measure(f"use_{motion}", f"{motion}, %", ".0f", 100) for motion in MOTIONS),
+    Measure("steps_to_95", "steps to 95 % of final use, moving", ".0f"),
 )
 
 
 def draw(folder: Path, cells: Mapping[tuple[str, int], Path], _: Results) -> Sequence[Path]:
-    """An animation of the codes of a few methods: grey points, used codes dark, dead codes red."""
+    """Animations of the codes of all methods, six in a picture, the best known first."""
+    done = [name for name, seed in cells if seed == 0]
+    order = [*(name for name in SHOWN if name in done), *(name for name in done if name not in SHOWN)]
+    groups = [order[start : start + len(SHOWN)] for start in range(0, len(order), len(SHOWN))]
+    names = ["toy-drift.gif", *(f"toy-drift-{i}.gif" for i in range(2, len(groups) + 1))]
+    return [_animation(folder / name, group, cells) for name, group in zip(names, groups, strict=False)]
+
+
+def _animation(path: Path, shown: Sequence[str], cells: Mapping[tuple[str, int], Path]) -> Path:
+    """The codes of some methods on every moving source: grey points, used codes blue, dead codes red."""
     from PIL import Image, ImageDraw
 
     from steadyvq.files import write_atomically
 
-    shown = [name for name in SHOWN if (name, 0) in cells]
-    if not shown:
-        return []
     side, top, left = 104, 16, 60
     codes = {name: np.load(cells[name, 0] / "codes.npz") for name in shown}
     sources = {motion: Source(motion, 0) for motion in MOVING}
@@ -212,10 +222,9 @@ def draw(folder: Path, cells: Mapping[tuple[str, int], Path], _: Results) -> Seq
                     if place[0] - 4 <= x <= place[0] + side - 8 and place[1] - 4 <= y <= place[1] + side - 8:
                         pen.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), fill="#0072b2" if hit else "#d55e00")
         frames.append(image.quantize(16))
-    path = folder / "toy-drift.gif"
     options: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "duration": 200, "loop": 0}
     write_atomically(path, lambda temporary: frames[0].save(temporary, **options))
-    return [path]
+    return path
 
 
 STUDY = Study(
