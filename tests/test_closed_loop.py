@@ -291,7 +291,8 @@ def test_arms_train_and_are_measured(photos, tmp_path, name, arm):
     own = {measure.name for measure in study.measures} - {"steps_to_95"}
     assert all(math.isfinite(found[name]) for name in own)
     if study.draw is not None:
-        assert [path.suffix for path in study.draw(tmp_path / "plots", {(arm, 0): job.path})] == [".png"]
+        drawn = study.draw(tmp_path / "plots", {(arm, 0): job.path}, Results({}, []))
+        assert [path.suffix for path in drawn] == [".png"]
 
 
 def arms(settings: dict[str, Any]) -> dict[str, Trained]:
