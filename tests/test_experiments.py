@@ -199,7 +199,6 @@ def test_every_study_can_be_planned_in_every_profile():
             one.protocol.format(**one.settings(profile))
 
 
-@pytest.mark.parametrize("path", sorted(EVIDENCE.glob("*.json")), ids=lambda path: path.stem)
 class Anything(dict[str, object]):
     """What a cell found, with a number for whatever is asked."""
 
@@ -222,6 +221,7 @@ def test_every_claim_can_be_decided_in_every_profile(profile):
             )
 
 
+@pytest.mark.parametrize("path", sorted(EVIDENCE.glob("*.json")), ids=lambda path: path.stem)
 def test_evidence_is_of_the_settings_of_today_and_says_what_its_cells_say(path):
     record = json.loads(path.read_text())
     one = study_of(path.stem)
