@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from steadyvq.cli import main
 from steadyvq.experiments.claims import Results, holm, p_value, student_tail
 from steadyvq.experiments.contest import CONTROLS, METHODS, RATES, everybody
 from steadyvq.experiments.runner import read_results, run_config
@@ -137,3 +138,12 @@ def test_the_picture_shows_every_difference_with_its_interval(tmp_path):
     assert [path.name for path in drawn] == ["lead-psnr.svg", "lead-lpips.svg"]
     assert drawn[0].read_text().count("<polyline") == len(results.arms) - sum("steady," in arm for arm in results.arms)
     assert not pictures(tmp_path / "plots", {}, Results({}, [])), "nothing to draw where nothing is done"
+
+
+def test_without_the_corpus_there_is_one_sentence_and_nothing_is_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("STEADYVQ_HOME", str(tmp_path / "home"))
+    assert main(["experiment", "steady", "--out", str(tmp_path / "e")]) == 2
+    said = capsys.readouterr().err
+    assert "run `steadyvq data fetch corpus`" in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("e/**/*.json"))

@@ -147,7 +147,7 @@ class Study:
         curves: Charts.
         seeds: Default number of seeds.
         draw: Makes pictures: (folder for them, folders of the cells by arm and seed, results) to files, which the page shows.
-        check: Called before anything is run; raises ValueError where a library that the arms need is missing.
+        check: Called before anything is run; raises ValueError where what all arms need is missing.
     """
 
     name: str

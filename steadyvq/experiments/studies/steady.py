@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from steadyvq.data.corpus import corpus_files
 from steadyvq.experiments.claims import Claim, Decision, Missing, Results, holm, interval, p_value
 from steadyvq.experiments.contest import CONTROLS, METHODS, RATES, arm
 from steadyvq.experiments.study import ArmPlan, Curve, Measure, Study
@@ -122,6 +123,12 @@ def ahead_somewhere(results: Results) -> Decision:
     return Decision("reproduced" if all(best.values()) else "undecided", told, seeds=seeds)
 
 
+def need_photographs() -> None:
+    """Raises ValueError unless the corpus has been fetched, before 290 runs find out one by one."""
+    for held_out in (False, True):
+        corpus_files(held_out)
+
+
 def leads(results: Results) -> dict[str, str]:
     """How far the preset is ahead of everybody else at every size and budget, with intervals that are not corrected: SVGs."""
     made = {}
@@ -208,4 +215,5 @@ STUDY = Study(
     curves=(Curve("drift", "Encoder drift", "spreads per epoch"),),
     seeds=5,
     draw=pictures,
+    check=need_photographs,
 )
