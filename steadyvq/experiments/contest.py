@@ -2,8 +2,8 @@
 """The contest that the preset `steady` has to win: contestants with their rates, sizes, and the judge of the test photographs.
 
 Everybody has the same autoencoder, photographs, batches, number of steps, decay of rates and averaged weights, and the best of
-the same three learning rates on the photographs of `val`. Nobody's settings were chosen on the test photographs, which only
-`judged` opens.
+the same three learning rates on the photographs of `val`, or of more where an edge was the best. Nobody's settings were chosen
+on the test photographs, which only `judged` opens.
 """
 
 from collections.abc import Mapping
@@ -63,7 +63,8 @@ METHODS: Mapping[str, Values] = {
     "cvq": {"quantizer": {"name": "cvq"}},
     "rotation": merge({"quantizer": {"name": "rotation"}}, DATA_INIT),
 }
-"""The rivals. NSVQ is as published, with its freeze in the last fifth; codes of `fvq` have the rate of `steadyvq compare`."""
+"""The rivals. NSVQ has its losses as published and its freeze in the last fifth, without plateau rule or warm-up;
+codes of `fvq` have the rate of `steadyvq compare`."""
 
 CONTROLS: Mapping[str, Values] = {"vq + replacement, late": REPLACEMENT, "nsvq, late": NSVQ}
 """Rivals with the preset's start: what is left of its lead is its own."""

@@ -182,7 +182,7 @@ STUDY = Study(
     protocol=(
         "The corpus of 385 photographs (docs/steady.md): 263 to learn from, judged on two crops of 64x64 of each of 70 test "
         "photographs that the search never saw. The quickstart's autoencoder, steps of 8 crops of 32x32, d = 32, K = {codes}, "
-        "budgets of {steps} steps, cosine decay, everybody at the best of three learning rates on `val` (`steady-search`). "
+        "budgets of {steps} steps, cosine decay, everybody at the best of three or more rates on `val` (`steady-search`). "
         "Differences are paired by seed and photograph; p-values by Student's t with the larger of the errors over seeds and "
         "over photographs (bootstrap), corrected by Holm over all 96 comparisons. FD-Lite0 and KID-Lite0 "
         "on one crop of each photograph, three seeds and the larger budget; 70 pictures rank, and no more. Regret is over "
